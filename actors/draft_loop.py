@@ -1,0 +1,142 @@
+"""The draft's rounds: write the next window while the target verifies the last, then learn the verdict. Knows no Ray.
+
+One object per draft rank; all ranks compute the same tokens, rank 0 sends them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pearl_ray.actors.epochs import Epochs, Sends
+from pearl_ray.cluster.bridge import Bridge
+from pearl_ray.core.messages import MAX_PROPOSALS, DraftSummary, Window
+from pearl_ray.core.phases import Node
+from pearl_ray.core.replica import Replica
+from pearl_ray.core.sampling import Row, coupled_tokens_sharded, propose
+from pearl_ray.core.schedule import RoundPlan, Work
+from pearl_ray.model.batching import Entry
+from pearl_ray.model.runner import ModelRunner
+
+
+@dataclass(slots=True)
+class DraftLoop:
+    """The loop of one draft rank; ``coordinator`` is where the leader's summaries go, None on other ranks."""
+
+    replica: Replica
+    epochs: Epochs
+    runner: ModelRunner
+    bridge: Bridge
+    coordinator: Sends | None
+    timeout_s: float
+
+    def run(self) -> int:
+        """Do rounds until the deployment stops; returns how many."""
+        number = 0
+        while (plan := self.epochs.next_round(number)) is not None:
+            self.do_round(number, plan)
+            number += 1
+        return number
+
+    @torch.inference_mode()
+    def do_round(self, number: int, plan: RoundPlan) -> None:
+        """One round: draft, send, wait for the verdict, transition."""
+        started = time.monotonic()
+        checksum = self.replica.checksum()
+        scribe = _Scribe(self.replica, self.runner, plan)
+        drafted = scribe.write()
+        forward_s = time.monotonic() - started
+        if plan.num_drafted and self.runner.group.rank == 0:
+            self.bridge.send_window(scribe.window(number, checksum))
+        finished = time.monotonic()
+        verdict = self.bridge.receive_verdict(number, self.timeout_s)
+        wait_s = time.monotonic() - finished
+        pairs = list(zip(verdict.num_accepted_S.tolist(), verdict.tokens_S.tolist(), strict=True))
+        self.replica.advance(plan, drafted, pairs)
+        if self.coordinator is not None:
+            steps = scribe.num_steps
+            self.coordinator.send(DraftSummary(number, checksum, started, finished, forward_s, wait_s, steps))
+
+
+class _Scribe:
+    """One round's drafting: step 1 feeds what the cache lacks (prefill chunks too), the others one token each."""
+
+    def __init__(self, replica: Replica, runner: ModelRunner, plan: RoundPlan) -> None:
+        self._replica = replica
+        self._runner = runner
+        self._plan = plan
+        self._made: dict[int, list[int]] = {work.seq_id: [] for work in plan.works}
+        self._proposals: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {work.seq_id: [] for work in plan.works}
+        self.num_steps = 0
+
+    def write(self) -> list[tuple[Node, ...]]:
+        """Draft; returns the nodes per work of the plan."""
+        first = []
+        for work in self._plan.works:
+            if work.draft_fed:
+                tokens, start = self._replica.draft_entry(work)
+                blocks = self._replica.sequences[work.seq_id].draft_blocks
+                first.append(Entry(tokens, start, blocks, int(work.num_drafted > 0)))
+        writing = [work for work in self._plan.works if work.num_drafted]
+        if first:
+            self._step(first, writing)
+        while writing := [w for w in writing if len(self._made[w.seq_id]) < w.num_drafted]:
+            self._step([self._next_entry(work) for work in writing], writing)
+        return [
+            tuple(Node(token, i - 1) for i, token in enumerate(self._made[work.seq_id])) for work in self._plan.works
+        ]
+
+    def _next_entry(self, work: Work) -> Entry:
+        sequence = self._replica.sequences[work.seq_id]
+        made = self._made[work.seq_id]
+        start = sequence.state.num_committed + len(sequence.state.pending) + len(made) - 1
+        return Entry((made[-1],), start, sequence.draft_blocks, 1)
+
+    def _step(self, entries: list[Entry], writing: list[Work]) -> None:
+        """One forward pass of the draft, and a token for each of ``writing``."""
+        logits = self._runner.logits(entries)
+        self.num_steps += 1
+        if not writing:
+            return
+        assert logits is not None
+        rows = [self._row(work) for work in writing]
+        runner = self._runner
+        rejecting = [i for i, w in enumerate(writing) if self._replica.sequences[w.seq_id].join.rejection]
+        if len(rejecting) < len(writing):
+            tokens = coupled_tokens_sharded(
+                logits, rows, runner.group, runner.vocab_sizes, draft=True, num_valid=runner.num_valid
+            )
+        else:
+            tokens = [-1] * len(writing)
+        if rejecting:
+            whole = runner.group.all_gather(logits[rejecting], runner.vocab_sizes)
+            drawn, ids, probs = propose(whole, [rows[i] for i in rejecting], num_valid=runner.num_valid)
+            for at, i in enumerate(rejecting):
+                tokens[i] = drawn[at]
+                self._proposals[writing[i].seq_id].append((ids[at], probs[at]))
+        for work, token in zip(writing, tokens, strict=True):
+            self._made[work.seq_id].append(token)
+
+    def _row(self, work: Work) -> Row:
+        sequence = self._replica.sequences[work.seq_id]
+        drafted = [node.token for node in sequence.state.pending] + self._made[work.seq_id]
+        return sequence.row(sequence.state.num_committed + len(drafted), drafted)
+
+    def window(self, number: int, checksum: int) -> Window:
+        """What was drafted, for the bridge."""
+        made = [self._made[work.seq_id] for work in self._plan.works]
+        pairs = [pair for work in self._plan.works for pair in self._proposals[work.seq_id]]
+        ids = np.array([p[0] for p in pairs], dtype=np.int32).reshape(-1, MAX_PROPOSALS)
+        probs = np.array([p[1] for p in pairs], dtype=np.float32).reshape(-1, MAX_PROPOSALS)
+        return Window(
+            number,
+            checksum,
+            np.array([len(tokens) for tokens in made], dtype=np.int32),
+            np.array([token for tokens in made for token in tokens], dtype=np.int32),
+            np.array([i - 1 for tokens in made for i in range(len(tokens))], dtype=np.int32),
+            ids,
+            probs,
+        )

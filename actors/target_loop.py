@@ -1,0 +1,150 @@
+"""The target's rounds: verify what is pending while the draft writes on, judge, tell, go on. Knows no Ray.
+
+One object per target rank; rank 0 leads: it stamps rounds, sends verdicts to the draft and summaries to the
+coordinator. All ranks compute the verdict themselves, from the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pearl_ray.actors.epochs import Epochs, Sends
+from pearl_ray.cluster.bridge import Bridge
+from pearl_ray.core.errors import ReplicaDivergedError
+from pearl_ray.core.messages import RoundSummary, SequenceSummary, VerdictMessage, Window
+from pearl_ray.core.phases import Node, Proposal
+from pearl_ray.core.replica import Replica
+from pearl_ray.core.schedule import RoundPlan, Work
+from pearl_ray.core.verify import Segment, verify_sharded
+from pearl_ray.model.batching import Entry
+from pearl_ray.model.runner import ModelRunner
+
+Drafted = Sequence[tuple[Node, ...]]
+
+
+@dataclass(slots=True)
+class TargetLoop:
+    """The loop of one target rank.
+
+    Attributes:
+        bridge: to the draft; None in AR mode.
+        coordinator: where the leader's summaries go; None on other ranks.
+        timeout_s: how long the draft may take for its window.
+    """
+
+    replica: Replica
+    epochs: Epochs
+    runner: ModelRunner
+    bridge: Bridge | None
+    coordinator: Sends | None
+    timeout_s: float
+
+    def run(self) -> int:
+        """Do rounds until the deployment stops; returns how many."""
+        number = 0
+        while (plan := self.epochs.next_round(number)) is not None:
+            self.do_round(number, plan)
+            number += 1
+        return number
+
+    @torch.inference_mode()
+    def do_round(self, number: int, plan: RoundPlan) -> None:
+        """One round: forward, window, verdict, transition."""
+        started = time.monotonic()
+        checksum = self.replica.checksum()
+        drafted: Drafted = [()] * len(plan.works)
+        wait_s = 0.0
+        in_turn = self.replica.limits.mode == "sd"
+        if in_turn:
+            drafted, wait_s = self._receive_window(number, plan, checksum)
+        forward_started = time.monotonic()
+        logits = self.runner.logits(self._entries(plan, drafted))
+        forward_s = time.monotonic() - forward_started
+        if not in_turn:
+            drafted, wait_s = self._receive_window(number, plan, checksum)
+        verdicts = self._judge(plan, drafted, logits)
+        if self.bridge is not None and self.runner.group.rank == 0:
+            counts = np.array([v[0] for v in verdicts], dtype=np.int32)
+            tokens = np.array([v[1] for v in verdicts], dtype=np.int32)
+            self.bridge.send_verdict(VerdictMessage(number, counts, tokens))
+        epoch = self.replica.epoch
+        self.replica.advance(plan, drafted, verdicts)
+        if self.coordinator is not None:
+            sequences = [
+                SequenceSummary(work.seq_id, [node.token for node in nodes], *verdict)
+                for work, nodes, verdict in zip(plan.works, drafted, verdicts, strict=True)
+            ]
+            finished = time.monotonic()
+            rows = plan.num_target_rows
+            self.coordinator.send(
+                RoundSummary(number, epoch, checksum, sequences, started, finished, forward_s, wait_s, rows)
+            )
+
+    def _entries(self, plan: RoundPlan, drafted: Drafted) -> list[Entry]:
+        entries = []
+        for work, nodes in zip(plan.works, drafted, strict=True):
+            if work.target_fed:
+                tokens, start = self.replica.target_entry(work, nodes)
+                blocks = self.replica.sequences[work.seq_id].target_blocks
+                entries.append(Entry(tokens, start, blocks, work.num_rows))
+        return entries
+
+    def _receive_window(self, number: int, plan: RoundPlan, checksum: int) -> tuple[Drafted, float]:
+        """The draft's tokens per work of the plan, and the seconds waited for them."""
+        if plan.num_drafted == 0:
+            return [()] * len(plan.works), 0.0
+        assert self.bridge is not None
+        started = time.monotonic()
+        window = self.bridge.receive_window(number, self.timeout_s)
+        if window.checksum != checksum or window.lengths_S.tolist() != [w.num_drafted for w in plan.works]:
+            raise ReplicaDivergedError(f"round {number}: draft and target disagree about the batch")
+        return self._nodes(plan, window), time.monotonic() - started
+
+    def _nodes(self, plan: RoundPlan, window: Window) -> Drafted:
+        tokens, parents = window.tokens_N.tolist(), window.parents_N.tolist()
+        at = proposal_at = 0
+        drafted: list[tuple[Node, ...]] = []
+        for work in plan.works:
+            nodes = []
+            for i in range(at, at + work.num_drafted):
+                proposal = None
+                if self.replica.sequences[work.seq_id].join.rejection:
+                    ids, probs = window.proposal_ids_MK[proposal_at], window.proposal_probs_MK[proposal_at]
+                    proposal = Proposal(ids, probs)
+                    proposal_at += 1
+                nodes.append(Node(tokens[i], parents[i], proposal))
+            drafted.append(tuple(nodes))
+            at += work.num_drafted
+        return drafted
+
+    def _judge(self, plan: RoundPlan, drafted: Drafted, logits_RV: torch.Tensor | None) -> list[tuple[int, int]]:
+        """(accepted, token) per work; (0, -1) where a work has no rows."""
+        verdicts = [(0, -1)] * len(plan.works)
+        judged = [(i, work) for i, work in enumerate(plan.works) if work.num_rows]
+        if judged:
+            assert logits_RV is not None
+            segments = [self._segment(work, drafted[i]) for i, work in judged]
+            found = verify_sharded(
+                logits_RV, segments, self.runner.group, self.runner.vocab_sizes, num_valid=self.runner.num_valid
+            )
+            for (i, _), verdict in zip(judged, found, strict=True):
+                verdicts[i] = (verdict.num_accepted, verdict.token)
+        return verdicts
+
+    def _segment(self, work: Work, nodes: tuple[Node, ...]) -> Segment:
+        sequence = self.replica.sequences[work.seq_id]
+        window = (sequence.state.pending + nodes)[: work.num_tested]
+        tokens = [node.token for node in window]
+        first = sequence.state.target_kv + work.target_fed - work.num_rows + 1
+        rows = tuple(sequence.row(first + i, tokens[:i]) for i in range(work.num_rows))
+        if not sequence.join.rejection or not window:
+            return Segment(rows, tuple(tokens), sequence.join.rejection, None, None)
+        proposals = [node.proposal for node in window]
+        ids = np.stack([p.ids_K for p in proposals if p is not None])
+        probs = np.stack([p.probs_K for p in proposals if p is not None])
+        return Segment(rows, tuple(tokens), True, ids, probs)

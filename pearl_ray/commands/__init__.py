@@ -1,0 +1,1 @@
+"""The commands of ``pearl-ray``, one module each. They import Ray and torch only when they run."""

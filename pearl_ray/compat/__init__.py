@@ -1,0 +1,1 @@
+"""Faces of other engines over ours, for scripts written for them."""

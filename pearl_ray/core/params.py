@@ -1,0 +1,110 @@
+"""What a request asks for. Frozen, checked when made; knows nothing of models or engines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pearl_ray.core.errors import ConfigError
+
+Verification = Literal["coupled", "rejection"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen; names and defaults are vLLM's.
+
+    Applied in this order to the target's and the draft's logits alike: repetition, presence and frequency
+    penalties, ``logit_bias``, ``min_tokens`` (stop tokens masked), temperature, ``top_k``, ``top_p``, ``min_p``.
+
+    Raises:
+        ConfigError: (a ``ValueError``) naming the field, its value and the allowed range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    draft_temperature: float | None = None
+    verification: Verification | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", _as_bias(self.logit_bias))
+        if self.top_k == -1:  # vLLM's other spelling of "no limit"
+            object.__setattr__(self, "top_k", 0)
+        _whole("n", self.n, 1, 64)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _whole("top_k", self.top_k, 0, None)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _whole("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.max_tokens is not None:
+            _whole("max_tokens", self.max_tokens, 1, None)
+        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if any(not isinstance(s, str) or not s for s in stop):
+            raise ConfigError("stop", self.stop, "non-empty strings")
+        for t in self.stop_token_ids:
+            _whole("stop_token_ids", t, 0, None)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _number(name, getattr(self, name), -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, 20)
+        if self.draft_temperature is not None:
+            _number("draft_temperature", self.draft_temperature, 0.0, 100.0)
+        if self.verification not in (None, "coupled", "rejection"):
+            raise ConfigError("verification", self.verification, "'coupled', 'rejection' or None (the engine's)")
+        if not isinstance(self.ignore_eos, bool):
+            raise ConfigError("ignore_eos", self.ignore_eos, "True or False")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the logits depend on which tokens came before."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    @property
+    def has_filters(self) -> bool:
+        """Whether top-k, top-p or min-p cut the support."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+def _as_bias(value: object) -> dict[int, float]:
+    if not isinstance(value, dict) and value is not None:
+        raise ConfigError("logit_bias", value, "a mapping from token id to a bias in [-100, 100]")
+    try:
+        bias = {int(k): float(v) for k, v in (value or {}).items()}
+    except (TypeError, ValueError):
+        raise ConfigError("logit_bias", value, "a mapping from token id to a bias in [-100, 100]") from None
+    if any(k < 0 or not -100.0 <= v <= 100.0 for k, v in bias.items()):
+        raise ConfigError("logit_bias", value, "token ids from 0, biases in [-100, 100]")
+    return bias
+
+
+def _whole(name: str, value: object, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ConfigError(name, value, f"a whole number from {low}" + (f" to {high}" if high is not None else ""))
+
+
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    ok = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    if not ok or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
+        raise ConfigError(name, value, f"a number in {'(' if open_low else '['}{low:g}, {high:g}]")

@@ -1,0 +1,202 @@
+"""A request and its answers as the coordinator keeps them. Knows tokens, stops and text, not blocks or rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pearl_ray.core.detokenizer import Detokenizer
+from pearl_ray.core.outputs import CompletionOutput, RequestMetrics, RequestOutput, run_lengths
+from pearl_ray.core.params import SamplingParams
+from pearl_ray.core.phases import Commit, Origin
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(slots=True)
+class Answer:
+    """One of a request's ``n`` answers: its committed tokens and text, and what it cost.
+
+    Attributes:
+        max_total: length (prompt included) at which it ends.
+        seq_id: its sequence in the batch; None while it waits.
+    """
+
+    request: Request
+    index: int
+    max_total: int
+    detokenizer: Detokenizer
+    token_ids: list[int] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    seq_id: int | None = None
+    num_target_forwards: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    rounds: dict[str, int] = field(default_factory=dict)
+    _sent: int = 0
+    _unsent_text: str = ""
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and committed output."""
+        return self.request.prompt_ids + self.token_ids
+
+    def commit(self, commit: Commit) -> None:
+        """Take committed tokens in order, up to the first stop; what lies behind it is trimmed."""
+        assert self.finish_reason is None
+        kept = 0
+        for token in commit.tokens:
+            kept += 1
+            total = len(self.token_ids) + kept
+            reason = self._token_stop(token, total)
+            if reason is not None:
+                self.finish_reason, self.stop_reason = reason
+                break
+        tokens = list(commit.tokens[:kept])
+        ended = self.finish_reason == "stop"  # the token that ended it has no text
+        delta = self.detokenizer.append(tokens[:-1] if ended else tokens)
+        self._unsent_text += delta.text
+        self.token_ids += tokens
+        self.origins += commit.origins[:kept]
+        if delta.stop_reason is not None:
+            del self.token_ids[delta.num_tokens_used :], self.origins[delta.num_tokens_used :]
+            self.finish_reason, self.stop_reason = "stop", delta.stop_reason
+        elif self.finish_reason is not None:
+            self._unsent_text += self.detokenizer.finish()
+
+    def _token_stop(self, token: int, num_output: int) -> tuple[FinishReason, int | None] | None:
+        params = self.request.params
+        if num_output >= params.min_tokens:
+            if token in params.stop_token_ids:
+                return "stop", token
+            if not params.ignore_eos and token in self.request.eos_token_ids:
+                return "stop", None
+        if len(self.request.prompt_ids) + num_output >= self.max_total:
+            return "length", None
+        return None
+
+    def abort(self) -> None:
+        """End it where it is."""
+        self.finish_reason = "abort"
+        self._unsent_text += self.detokenizer.finish()
+
+    def take_update(self, request_id: str) -> Update | None:
+        """What came since the last call, or None."""
+        if self._sent == len(self.token_ids) and not self._unsent_text and self.finish_reason is None:
+            return None
+        tokens, origins = self.token_ids[self._sent :], self.origins[self._sent :]
+        text, self._unsent_text = self._unsent_text, ""
+        self._sent = len(self.token_ids)
+        return Update(request_id, self.index, tuple(tokens), tuple(origins), text, self.finish_reason, self.stop_reason)
+
+    def output(self) -> CompletionOutput:
+        """The answer so far."""
+        return CompletionOutput(
+            index=self.index,
+            text=self.detokenizer.text,
+            token_ids=list(self.token_ids),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            origins=list(self.origins),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """New tokens of one answer, for a stream."""
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    origins: tuple[Origin, ...]
+    text: str
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+
+
+@dataclass(slots=True)
+class Request:
+    """A request in the engine; times are seconds of the engine's clock."""
+
+    request_id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    rejection: bool
+    eos_token_ids: frozenset[int]
+    arrived: float
+    answers: list[Answer] = field(default_factory=list)
+    first_token_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all answers have ended."""
+        return all(answer.finish_reason is not None for answer in self.answers)
+
+    def stop_mask(self) -> list[int]:
+        """Tokens that would end an answer, which ``min_tokens`` keeps from being chosen."""
+        if self.params.min_tokens == 0:
+            return []
+        eos = () if self.params.ignore_eos else self.eos_token_ids
+        return sorted({*self.params.stop_token_ids, *eos})
+
+    def output(self) -> RequestOutput:
+        """All answers so far, and the cost."""
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=list(self.prompt_ids),
+            outputs=[answer.output() for answer in self.answers],
+            finished=self.finished,
+            metrics=self.metrics(),
+            seed=self.seed,
+        )
+
+    def metrics(self) -> RequestMetrics:
+        """Summed over the answers."""
+        forwards = sum(a.num_target_forwards for a in self.answers)
+        committed = sum(len(a.origins) - a.origins.count("prefill") for a in self.answers)
+        runs = [length for a in self.answers for length in run_lengths(a.origins)]
+        rounds: dict[str, int] = {}
+        for answer in self.answers:
+            for phase, count in answer.rounds.items():
+                rounds[phase] = rounds.get(phase, 0) + count
+        return RequestMetrics(
+            time_to_first_token_s=None if self.first_token_at is None else self.first_token_at - self.arrived,
+            e2e_latency_s=None if self.finished_at is None else self.finished_at - self.arrived,
+            num_target_forwards=forwards,
+            num_drafted=sum(a.num_drafted for a in self.answers),
+            num_accepted=sum(a.num_accepted for a in self.answers),
+            tokens_per_target_forward=committed / forwards if forwards else 0.0,
+            mean_run_length=sum(runs) / len(runs) if runs else 0.0,
+            rounds=rounds,
+        )
+
+
+def make_request(
+    request_id: str,
+    prompt: str | None,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    seed: int,
+    rejection: bool,
+    eos_token_ids: frozenset[int],
+    max_model_len: int,
+    decode: Callable[[list[int]], str],
+    now: float,
+) -> Request:
+    """A request with its waiting answers; lengths must have been checked."""
+    ids = list(prompt_ids)
+    request = Request(request_id, prompt, ids, params, seed, rejection, eos_token_ids, now)
+    budget = params.max_tokens if params.max_tokens is not None else max_model_len
+    max_total = min(len(ids) + budget, max_model_len)
+    for index in range(params.n):
+        detokenizer = Detokenizer(decode, ids, stop=params.stop, min_tokens=params.min_tokens)
+        request.answers.append(Answer(request, index, max_total, detokenizer))
+    return request

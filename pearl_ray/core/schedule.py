@@ -1,0 +1,166 @@
+"""What each model does in the next round, for the whole batch. A pure function of the batch: every replica computes it.
+
+Decoding sequences come first; what is left of the token budget is shared among the sequences in prefill, so that a
+long prompt doesn't keep a short one waiting. Knows nothing of requests: who is in the batch was decided before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pearl_ray.core.phases import Mode, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a round: the mode, and the tokens one forward pass may feed beside the decoding rows."""
+
+    mode: Mode
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One sequence's part of a round.
+
+    Attributes:
+        target_fed: tokens the target feeds, from position ``state.target_kv``; 0: nothing.
+        num_rows: of these, how many (the last ones) give a distribution to sample from or test against.
+        num_tested: drafted tokens (pending, then new) the target judges.
+        draft_fed: tokens the draft feeds in its first step, from position ``state.draft_kv``.
+        num_drafted: w, new tokens the draft makes.
+    """
+
+    seq_id: int
+    target_fed: int
+    num_rows: int
+    num_tested: int
+    draft_fed: int
+    num_drafted: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPlan:
+    """The round's work, in the batch's order, of the sequences that have any."""
+
+    works: tuple[Work, ...]
+
+    @property
+    def num_drafted(self) -> int:
+        """New tokens of all sequences: 0 means that no window crosses the bridge."""
+        return sum(work.num_drafted for work in self.works)
+
+    @property
+    def num_target_rows(self) -> int:
+        """Query tokens of the target's forward pass."""
+        return sum(work.target_fed for work in self.works)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A sequence of the batch as the schedule sees it; capacities are tokens that fit in the blocks it holds."""
+
+    seq_id: int
+    state: SequenceState
+    target_capacity: int
+    draft_capacity: int
+
+
+def plan_round(members: Iterable[Member], limits: Limits) -> RoundPlan:
+    """Decide the round. Deterministic in its arguments; sequences without room or work are left out."""
+    decoding: dict[int, Work] = {}
+    prefilling: list[Member] = []
+    behind: list[Member] = []
+    order: list[int] = []
+    target_budget = draft_budget = limits.max_num_batched_tokens
+    for member in members:
+        order.append(member.seq_id)
+        if member.state.is_full:
+            continue
+        if not member.state.is_decoding:
+            prefilling.append(member)
+            continue
+        work = _decode(member, limits, draft_budget)
+        if work is None:
+            continue
+        decoding[member.seq_id] = work
+        target_budget -= work.target_fed
+        draft_budget -= work.draft_fed
+        if work.num_drafted == 0 and member.state.window > 0 and limits.mode != "ar":
+            behind.append(member)
+    target_chunks = _share(target_budget, [(m.seq_id, _target_lack(m)) for m in prefilling])
+    draft_lacks = [(m.seq_id, _draft_lack(m)) for m in prefilling + behind] if limits.mode != "ar" else []
+    draft_chunks = _share(draft_budget, draft_lacks)
+    works = dict(decoding)
+    for member in behind:
+        work = works[member.seq_id]
+        fed = draft_chunks.get(member.seq_id, 0)
+        works[member.seq_id] = Work(work.seq_id, work.target_fed, work.num_rows, work.num_tested, fed, 0)
+    for member in prefilling:
+        target_fed = target_chunks.get(member.seq_id, 0)
+        state = member.state
+        samples = (
+            target_fed > 0
+            and state.num_committed == state.num_prompt
+            and state.target_kv + target_fed == state.num_committed
+        )
+        draft_fed = draft_chunks.get(member.seq_id, 0)
+        if target_fed or draft_fed:
+            works[member.seq_id] = Work(member.seq_id, target_fed, int(samples), 0, draft_fed, 0)
+    return RoundPlan(tuple(works[seq_id] for seq_id in order if seq_id in works))
+
+
+def _decode(member: Member, limits: Limits, draft_budget: int) -> Work | None:
+    """A decoding sequence's work, or None where its blocks don't reach (they are on their way)."""
+    state = member.state
+    m, committed = len(state.pending), state.num_committed
+    drafted = _num_drafted(member, limits, draft_budget)
+    rows = min(1 + (drafted if limits.mode == "sd" else m), state.max_total - committed)
+    if committed - 1 + rows > member.target_capacity:
+        return None
+    tested = min(m + drafted, rows)
+    draft_fed = committed + m - state.draft_kv if drafted else 0
+    return Work(member.seq_id, rows, rows, tested, draft_fed, drafted)
+
+
+def _num_drafted(member: Member, limits: Limits, draft_budget: int) -> int:
+    """w: the window, cut to what the cache, the budget and the sequence's end allow."""
+    state = member.state
+    if limits.mode == "ar" or state.window == 0:
+        return 0
+    base = state.num_committed + len(state.pending)
+    if base - state.draft_kv > max(draft_budget, 1):
+        return 0  # the draft is behind by more than a chunk: it catches up without drafting
+    room = min(member.draft_capacity - base + 1, state.max_total - base)
+    if limits.mode == "sd":
+        # Room for the drafted rows in the target's cache; at the end no row is left for a bonus.
+        room = min(room, member.target_capacity - state.num_committed)
+    return max(min(state.window, room), 0)
+
+
+def _target_lack(member: Member) -> int:
+    goal = member.state.prefill_goal
+    return max(min(goal, member.target_capacity) - member.state.target_kv, 0)
+
+
+def _draft_lack(member: Member) -> int:
+    """What the draft can feed before it drafts: all that is known in prefill, all but the last token in decoding."""
+    state = member.state
+    if state.window == 0:
+        return 0
+    goal = state.num_committed - 1 if state.is_decoding else state.prefill_goal
+    return max(min(goal, member.draft_capacity) - state.draft_kv, 0)
+
+
+def _share(budget: int, lacks: list[tuple[int, int]]) -> dict[int, int]:
+    """Split ``budget`` tokens evenly: nobody gets more than it lacks, what one leaves over the others share."""
+    shares: dict[int, int] = {}
+    waiting = sorted((lack, seq_id) for seq_id, lack in lacks if lack > 0)
+    for index, (lack, seq_id) in enumerate(waiting):
+        # Sorted by lack: whoever needs less than an even share is served whole; the rest is split among the others.
+        share = min(lack, -(-max(budget, 0) // (len(waiting) - index)))
+        if share:
+            shares[seq_id] = share
+            budget -= share
+    return shares

@@ -1,0 +1,194 @@
+"""A whole deployment in the threads of one process: real loops, groups, mailboxes, channels and models, without Ray.
+
+Starts in a fraction of a second, so that tests can go through many arrangements; what Ray adds is tested in tests/ray.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from pearl_ray.actors.draft_loop import DraftLoop
+from pearl_ray.actors.epochs import FollowerEpochs, LeaderEpochs
+from pearl_ray.actors.target_loop import TargetLoop
+from pearl_ray.cluster.bridge import Bridge
+from pearl_ray.cluster.channels import Inbox, Outbox
+from pearl_ray.cluster.mailbox import ShmMailbox
+from pearl_ray.cluster.meeting import join_group
+from pearl_ray.cluster.shm import arena_path
+from pearl_ray.core.blocks import BlockPool
+from pearl_ray.core.controller import Controller, ControllerConfig
+from pearl_ray.core.messages import DraftSummary, RoundSummary, Stop
+from pearl_ray.core.params import SamplingParams
+from pearl_ray.core.phases import Mode
+from pearl_ray.core.replica import Replica
+from pearl_ray.core.requests import Request
+from pearl_ray.core.schedule import Limits
+from pearl_ray.core.windows import WindowPolicy
+from pearl_ray.model.loading import Models, Role, load_model, open_models
+from pearl_ray.model.runner import ModelRunner
+
+TIMEOUT_S = 60.0
+
+
+class LocalEngine:
+    """Use as a context manager; :meth:`generate` answers prompts of token ids."""
+
+    def __init__(
+        self,
+        dirs: tuple[Path, Path],
+        *,
+        mode: Mode = "pearl",
+        draft_tp: int = 1,
+        target_tp: int = 1,
+        window: int = 4,
+        dtype: str = "float64",
+        num_blocks: int = 64,
+        block_size: int = 16,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 256,
+        max_model_len: int = 512,
+        verification: str = "coupled",
+    ) -> None:
+        self._paths: dict[Role, str] = {"target": str(dirs[0]), "draft": str(dirs[1])}
+        self._limits = Limits(mode, max_num_batched_tokens)
+        self._sizes = (num_blocks, block_size)
+        self._dtype = dtype
+        self.models: Models = open_models(*self._paths.values(), "", with_draft=mode != "ar")
+        self._tp: dict[Role, int] = {"target": target_tp} if mode == "ar" else {"target": target_tp, "draft": draft_tp}
+        self._inbox = Inbox()
+        self._arenas = {name: arena_path(name) for name in ("target", "draft", "windows", "verdicts")}
+        self._closing: list[object] = []
+        self.errors: list[BaseException] = []
+        pools = [BlockPool(num_blocks, block_size, prefix_caching=True) for _ in range(2)]
+        self.controller = Controller(
+            ControllerConfig(
+                limits=self._limits,
+                block_size=block_size,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                max_waiting_requests=None,
+                verification=verification,
+                eos_token_ids=self.models.eos_token_ids,
+                vocab_size=self.models.num_valid["target"],
+                seed=0,
+            ),
+            pools[0],
+            pools[1] if mode != "ar" else None,
+            WindowPolicy(mode, window, None),
+            decode=self.models.tokenizer.decode,
+            clock=time.monotonic,
+        )
+        self.pools = pools
+        ranks: list[tuple[Role, int]] = [(role, rank) for role, size in self._tp.items() for rank in range(size)]
+        self._inboxes = {key: Inbox() for key in ranks}
+        self._outboxes = [Outbox(inbox.endpoint) for inbox in self._inboxes.values()]
+        self._threads = [threading.Thread(target=self._shard, args=key, daemon=True) for key in ranks]
+        for thread in self._threads:
+            thread.start()
+
+    def _shard(self, role: Role, rank: int) -> None:
+        try:
+            self._loop(role, rank).run()
+        except BaseException as error:
+            self.errors.append(error)
+
+    def _loop(self, role: Role, rank: int) -> TargetLoop | DraftLoop:
+        size = self._tp[role]
+        transport = "shm" if size > 1 else "single"
+        group = join_group(transport, self._arenas[role], rank, size, host=None, timeout_s=TIMEOUT_S)
+        model = load_model(
+            target_model=self._paths["target"],
+            draft_model=self._paths["draft"],
+            cache_dir="",
+            role=role,
+            rank=rank,
+            group=group,
+            dtype=self._dtype,
+            device=torch.device("cpu"),
+            attention_backend="torch",
+            on_layer_loaded=lambda done, total: None,
+        )
+        num_blocks, block_size = self._sizes
+        cache = model.make_cache(num_blocks, block_size)
+        runner = ModelRunner(
+            model.transformer, cache, group, block_size=block_size, num_valid=self.models.num_valid[role]
+        )
+        replica = Replica(self._limits, block_size)
+        bridge = self._bridge(role, rank) if "draft" in self._tp else None
+        inbox = self._inboxes[role, rank]
+        outbox = Outbox(self._inbox.endpoint) if rank == 0 else None
+        self._closing += [group, bridge, outbox]
+        if role == "draft":
+            assert bridge is not None
+            return DraftLoop(replica, FollowerEpochs(inbox, replica), runner, bridge, outbox, TIMEOUT_S)
+        if rank > 0:
+            return TargetLoop(replica, FollowerEpochs(inbox, replica), runner, bridge, None, TIMEOUT_S)
+        followers = [Outbox(other.endpoint) for key, other in self._inboxes.items() if key != ("target", 0)]
+        self._closing += followers
+        return TargetLoop(replica, LeaderEpochs(inbox, replica, followers), runner, bridge, outbox, TIMEOUT_S)
+
+    def _bridge(self, role: Role, rank: int) -> Bridge:
+        drafting = role == "draft"
+        windows = verdicts = None
+        if not drafting or rank == 0:
+            windows = ShmMailbox(self._arenas["windows"], 0 if drafting else rank + 1, self._tp["target"])
+        if drafting or rank == 0:
+            verdicts = ShmMailbox(self._arenas["verdicts"], rank + 1 if drafting else 0, self._tp["draft"])
+        return Bridge(windows, verdicts, TIMEOUT_S)
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """Queue one request."""
+        request = self.controller.submit(f"r{time.monotonic_ns()}", None, prompt, params)
+        self.flush()
+        return request
+
+    def flush(self) -> None:
+        """Send the controller's decisions to the shards."""
+        diff = self.controller.take_diff()
+        if diff is not None:
+            for outbox in self._outboxes:
+                outbox.send(diff)
+
+    def run(self) -> None:
+        """Hear of rounds until every request has ended."""
+        while self.controller.requests:
+            message = self._inbox.receive(5.0)
+            if self.errors:
+                raise self.errors[0]
+            if isinstance(message, RoundSummary):
+                self.controller.on_round(message)
+            elif isinstance(message, DraftSummary):
+                self.controller.on_draft(message)
+            self.flush()
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Request]:
+        """Answer all prompts together."""
+        requests = [self.submit(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        self.run()
+        return requests
+
+    def close(self) -> None:
+        """Stop the loops; raises what one of them died of."""
+        self._outboxes[0].send(Stop())
+        for thread in self._threads:
+            thread.join(TIMEOUT_S)
+        for thing in [*self._closing, *self._outboxes, *self._inboxes.values(), self._inbox]:
+            if thing is not None:
+                thing.close()  # type: ignore[attr-defined]
+        if self.errors:
+            raise self.errors[0]
+
+    def __enter__(self) -> LocalEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
