@@ -186,7 +186,7 @@ def _check_memory(spec: DeploymentSpec, models: Models, infos: dict[ShardId, Sha
     places: dict[object, list[ShardId]] = {}
     for key, info in infos.items():
         places.setdefault(info.key, []).append(key)
-    for place, keys in places.items():
+    for keys in places.values():
         needed = sum(models.weight_bytes(role, spec.dtype) / spec.tp(role) for role, _ in keys)
         free = min(infos[key].free_bytes for key in keys)
         if needed > free:

@@ -6,7 +6,9 @@ and the bridge live and die apart in one process. Knows nothing of Ray or models
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -22,7 +24,18 @@ if TYPE_CHECKING:
 
 dist: Any = torch.distributed  # its typed names are private ones
 
+logger = logging.getLogger(__name__)
+
 Backend = Literal["gloo", "nccl"]
+
+_WATCHDOG_GRACE_S = 5.0  # how much later than synchronize() NCCL's watchdog acts
+_NCCL_WATCHDOG = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # at a deadline end the communicator; the default ends the process
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # without these three it first gathers traces, for over a minute
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "100",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
+}
+_CLOSE_S = 5.0  # how long close() waits for the connections to end; they end without it too
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -49,9 +62,8 @@ class TorchGroup:
     deadline raises at once and leaves the group unusable. CUDA tensors are staged through the host.
 
     NCCL: calls are queued on the current stream and return at once (capturable in CUDA graphs), so a peer that doesn't
-    arrive is noticed by NCCL's watchdog, which ends the communicator at the deadline; the first call after that raises.
-    The order of the sum is NCCL's own, fixed for one topology. The caller's host synchronisation after a deadline reads
-    undefined values: call :meth:`check` behind it, or leave it to the owner's health check.
+    arrive shows where the host waits for the device: wait by :meth:`synchronize`, which has the deadline; NCCL's own
+    watchdog stands behind it, a few seconds later. The order of a sum is NCCL's own, fixed for one topology.
 
     Args:
         backend: "gloo" or "nccl".
@@ -79,6 +91,7 @@ class TorchGroup:
         self._name = name
         self._closed = self._aborted = False
         self._pending: Any = None
+        self._ending: threading.Thread | None = None
         make = _make_gloo if backend == "gloo" else _make_nccl
         self._group: Any = make(dist.PrefixStore(f"pearl/{name}", store), rank, size, timeout_s, host)
 
@@ -173,25 +186,52 @@ class TorchGroup:
         if get_error is not None and (state := str(get_error())).rpartition(".")[2].upper() != "SUCCESS":
             raise self._failed(RuntimeError(state))
 
+    def synchronize(self, timeout_s: float | None = None) -> None:
+        """Wait on the host for all that is queued on the current stream: the one synchronisation of a round.
+
+        Raises ``TimeoutError`` if it isn't done within ``timeout_s`` seconds (the group's deadline if None): a peer is
+        missing, and the group is aborted; ``ConnectionError`` if :meth:`abort` came meanwhile. What was computed is
+        undefined then.
+        """
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        self._raise_if_ended()
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+
+        def ready() -> bool:
+            self._raise_if_ended()
+            return bool(event.query())
+
+        if not wait_until(ready, timeout_s):
+            self.abort()
+            raise TimeoutError(
+                f"rank {self.rank} of {self.size} of {self._name}: the device did not finish in {timeout_s:g} s"
+            )
+
     def abort(self) -> None:
         """Make every pending and later call raise ``ConnectionError``; safe from another thread.
 
         NCCL kernels that are waiting on the device end too. Peers see their deadline, or this end's :meth:`close`.
         """
-        if not self._aborted:
-            self._aborted = True
-            if self.backend == "nccl":
-                self._group.abort()
+        self._aborted = True
+        if self.backend == "nccl":
+            self._end()
 
     def close(self) -> None:
         """Leave the group. Not collective."""
         if self._closed:
             return
         self._closed = True
-        group, self._group, self._pending = self._group, None, None
-        abort = getattr(group, "abort", None)  # without it, gloo's destructor waits for what is pending
-        if abort is not None and not (self._aborted and self.backend == "nccl"):
-            abort()
+        self._end()
+        assert self._ending is not None
+        self._group = self._pending = None  # the thread holds the last reference: destroying waits too
+        self._ending.join(_CLOSE_S)
+
+    def _end(self) -> None:
+        """End the connections, once, in a thread: NCCL ends its kernels at once and then may wait for its deadline."""
+        if self._ending is None:
+            self._ending = threading.Thread(target=_abort, args=(self._group, self._name), daemon=True)
+            self._ending.start()
 
     def _gather_bytes(self, own: torch.Tensor) -> list[torch.Tensor]:
         """Each rank's ``own`` (same shape and type everywhere, CPU, contiguous), in rank order, over gloo."""
@@ -225,6 +265,16 @@ class TorchGroup:
         return ConnectionError(f"rank {self.rank} of {self.size} of {self._name}: {reason}")
 
 
+def _abort(group: object, name: str) -> None:
+    """Without this, a destructor waits for what is pending. Holds ``group`` so that it is destroyed here."""
+    abort = getattr(group, "abort", None)  # gloo has it since torch 2.7
+    try:
+        if abort is not None:
+            abort()
+    except RuntimeError as error:
+        logger.debug("ending the group %s: %s", name, error)
+
+
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1).view(torch.uint8)
 
@@ -249,11 +299,11 @@ def _make_gloo(store: Store, rank: int, size: int, timeout_s: float, host: str |
 
 
 def _make_nccl(store: Store, rank: int, size: int, timeout_s: float, host: str | None) -> object:
-    # torch's default on a deadline is to end the process; 2 ends the communicator only, and the next call raises
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+    for variable, value in _NCCL_WATCHDOG.items():
+        os.environ.setdefault(variable, value)
     group: Any = dist.ProcessGroupNCCL
     options = group.Options()
-    options._timeout = timedelta(seconds=timeout_s)
+    options._timeout = timedelta(seconds=timeout_s + _WATCHDOG_GRACE_S)
     options.is_high_priority_stream = True
     return _meet(lambda: group(store, rank, size, options), rank, size, timeout_s)
 

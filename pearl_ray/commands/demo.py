@@ -18,9 +18,7 @@ from pearl_ray.commands.options import (
     take_config,
     take_sampling,
 )
-from pearl_ray.config import PearlConfig
 from pearl_ray.core.outputs import RequestOutput
-from pearl_ray.core.params import SamplingParams
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number, and explain how it works."
 
@@ -37,30 +35,21 @@ def demo(prompt: str, compare: bool, **values: Any) -> None:  # noqa: ANN401 - c
     config = take_config(values)
     console = output_console()
     console.print(f"> {prompt}\n", style="bold", markup=False)
-    answer = _answer(config, prompt, params, show=True)
-    alone = None
-    if compare and config.uses_draft:
-        repeated = dataclasses.replace(params, seed=answer.seed)
-        alone = _answer(dataclasses.replace(config, mode="ar", trace=None), prompt, repeated, show=False)
-    console.print(figures(f"{config.mode}, {config.verification}", rows(answer, alone)))
-
-
-def _answer(config: PearlConfig, prompt: str, params: SamplingParams, *, show: bool) -> RequestOutput:
-    """Ask an engine of this config once to warm up, then for the answer; ``show`` prints it."""
-    console = output_console()
     messages = [{"role": "user", "content": prompt}]
+    alone = None
     with own_engine(config) as engine:
-        with progress_console().status("answering" if show else "answering by the target alone"):
-            engine.chat(messages, dataclasses.replace(params, max_tokens=4, min_tokens=0))
-            output: RequestOutput = engine.chat(messages, params)[0]
-        if show:
-            first = output.outputs[0]
-            console.print(
-                paint(pieces(engine.tokenizer.decode, output.prompt_token_ids, first.token_ids, first.origins))
-            )
-            console.print()
-            console.print(legend(first.origins))
-    return output
+        with progress_console().status("answering"):
+            engine.chat(messages, dataclasses.replace(params, max_tokens=4, min_tokens=0))  # warm up
+            answer = engine.chat(messages, params)[0]
+        first = answer.outputs[0]
+        console.print(paint(pieces(engine.tokenizer.decode, answer.prompt_token_ids, first.token_ids, first.origins)))
+        console.print()
+        console.print(legend(first.origins))
+        if compare and config.uses_draft:
+            with progress_console().status("answering by the target alone"):
+                repeated = dataclasses.replace(params, seed=answer.seed, num_speculative_tokens=0)
+                alone = engine.chat(messages, repeated)[0]
+    console.print(figures(f"{config.mode}, {config.verification}", rows(answer, alone)))
 
 
 def rows(answer: RequestOutput, alone: RequestOutput | None) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from pearl_ray.config import PearlConfig
 from pearl_ray.core.errors import ConfigError
 from pearl_ray.core.outputs import run_lengths
 from pearl_ray.core.params import SamplingParams as _SamplingParams
-from pearl_ray.core.phases import Mode, Origin
+from pearl_ray.core.phases import Origin
 
 if TYPE_CHECKING:
     from pearl_ray.engine import PearlEngine
@@ -69,16 +69,15 @@ class PEARLConfig:
     gamma: int = -1
 
     def __post_init__(self) -> None:
-        self.to_pearl("pearl")
+        self.to_pearl()
 
-    def to_pearl(self, mode: Mode) -> PearlConfig:
+    def to_pearl(self) -> PearlConfig:
         """The same as our own config."""
         return PearlConfig(
             draft_model=self.draft_model_path,
             target_model=self.target_model_path,
             draft_tensor_parallel_size=self.draft_tensor_parallel_size,
             target_tensor_parallel_size=self.target_tensor_parallel_size,
-            mode=mode,
             num_speculative_tokens="auto" if self.gamma == -1 else self.gamma,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_num_seqs=self.max_num_seqs,
@@ -101,23 +100,21 @@ class PEARLEngine:
     def __init__(self, config: PEARLConfig) -> None:
         self.config = config
         self._waiting: list[tuple[list[int], SamplingParams]] = []
-        self._mode: Mode | None = None
         self._engine: PearlEngine | None = None
-        self._switch("pearl")
+        self._start()
         atexit.register(self.exit)
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The pair's tokenizer."""
-        return self._switch(self._mode or "pearl").tokenizer
+        return self._start().tokenizer
 
-    def _switch(self, mode: Mode) -> PearlEngine:
-        """The engine in that mode; another one that runs is closed first."""
+    def _start(self) -> PearlEngine:
+        """The engine, started again after :meth:`exit`."""
         from pearl_ray.engine import PearlEngine
 
-        if self._engine is None or self._mode != mode:
-            self.exit()
-            self._engine, self._mode = PearlEngine(self.config.to_pearl(mode)), mode
+        if self._engine is None:
+            self._engine = PearlEngine(self.config.to_pearl())
         return self._engine
 
     def add_request(self, prompt: str | list[int], sampling_params: SamplingParams) -> None:
@@ -132,11 +129,11 @@ class PEARLEngine:
 
     def generate(self) -> Result:
         """Answer the queued requests with PEARL."""
-        return self._run("pearl")
+        return self._run()
 
     def AR_generate(self) -> Result:
         """Answer the queued requests with the target alone; ``num_acc_tokens`` is None."""
-        texts, num_tokens, _, elapsed_s = self._run("ar")
+        texts, num_tokens, _, elapsed_s = self._run(num_speculative_tokens=0)
         return texts, num_tokens, None, elapsed_s
 
     def bench_generate(self, num_pearl_steps: int = 100) -> Result:
@@ -146,7 +143,7 @@ class PEARLEngine:
         """
         if isinstance(num_pearl_steps, bool) or not isinstance(num_pearl_steps, int) or num_pearl_steps < 1:
             raise ConfigError("num_pearl_steps", num_pearl_steps, "a whole number from 1")
-        engine = self._switch("pearl")
+        engine = self._start()
         waiting, self._waiting = self._waiting, []
 
         def run(request: tuple[list[int], SamplingParams]) -> _Answer:
@@ -159,11 +156,15 @@ class PEARLEngine:
             answers = list(pool.map(run, waiting))
         return _result(answers, time.perf_counter() - started)
 
-    def _run(self, mode: Mode) -> Result:
-        engine = self._switch(mode)
+    def _run(self, num_speculative_tokens: int | None = None) -> Result:
+        engine = self._start()
         waiting, self._waiting = self._waiting, []
         started = time.perf_counter()
-        outputs = engine.generate([ids for ids, _ in waiting], [params.to_pearl() for _, params in waiting])
+        each = [
+            dataclasses.replace(params.to_pearl(), num_speculative_tokens=num_speculative_tokens)
+            for _, params in waiting
+        ]
+        outputs = engine.generate([ids for ids, _ in waiting], each)
         elapsed_s = time.perf_counter() - started
         firsts = [output.outputs[0] for output in outputs]
         return _result([_Answer(first.text, list(first.token_ids), list(first.origins)) for first in firsts], elapsed_s)

@@ -22,7 +22,7 @@ class Group(Protocol):
         """Sum ``x`` over the ranks, in rank order, in place; any shape and float type."""
 
     def all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Concatenate along the last dimension: rank r holds ``[..., sizes[r]]``, the result is ``[..., sum(sizes)]``."""
+        """Concatenate along the last dimension: rank r holds ``[..., sizes[r]]``, the result ``[..., sum(sizes)]``."""
 
     def broadcast_(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
         """Copy rank ``source``'s ``x`` to all ranks, in place."""

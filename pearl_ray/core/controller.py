@@ -303,7 +303,7 @@ class Controller:
 
     def _join(self, answer: Answer) -> bool:
         tokens = answer.tokens
-        window = self.windows.window(len(self._running) + 1)
+        window = self._window_for(answer, self.windows.window(len(self._running) + 1))
         wanted = min(len(tokens) + SPARE_ROUNDS * (window + 2), answer.max_total)
         holdings: list[Holding | None] = []
         found: list[list[int]] = []
@@ -353,11 +353,17 @@ class Controller:
         return True
 
     def _choose_windows(self) -> None:
-        window = self.windows.window(len(self._running))
+        shared = self.windows.window(len(self._running))
         for running in self._running.values():
+            window = self._window_for(running.answer, shared)
             if running.window != window:
                 running.window = window
                 self._changes.append(SetWindow(running.seq_id, window))
+
+    def _window_for(self, answer: Answer, shared: int) -> int:
+        """The request's own window, or the batch's."""
+        own = answer.request.params.num_speculative_tokens
+        return shared if own is None or self.config.limits.mode == "ar" else own
 
     # -- what goes out ----------------------------------------------------------------------------------------------
 

@@ -18,6 +18,10 @@ class SamplingParams:
     Applied in this order to the target's and the draft's logits alike: repetition, presence and frequency
     penalties, ``logit_bias``, ``min_tokens`` (stop tokens masked), temperature, ``top_k``, ``top_p``, ``min_p``.
 
+    Three fields are about speculation: ``draft_temperature`` (None: the request's own), ``verification`` (None: the
+    engine's), ``num_speculative_tokens`` (tokens the draft makes per round for this request; None: the engine's choice,
+    0: none, the target decodes alone).
+
     Raises:
         ConfigError: (a ``ValueError``) naming the field, its value and the allowed range.
     """
@@ -41,6 +45,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     draft_temperature: float | None = None
     verification: Verification | None = None
+    num_speculative_tokens: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -71,6 +76,8 @@ class SamplingParams:
                 _whole(name, getattr(self, name), 0, 20)
         if self.draft_temperature is not None:
             _number("draft_temperature", self.draft_temperature, 0.0, 100.0)
+        if self.num_speculative_tokens is not None:
+            _whole("num_speculative_tokens", self.num_speculative_tokens, 0, 64)
         if self.verification not in (None, "coupled", "rejection"):
             raise ConfigError("verification", self.verification, "'coupled', 'rejection' or None (the engine's)")
         if not isinstance(self.ignore_eos, bool):

@@ -42,7 +42,7 @@ class Proposal(NamedTuple):
 
 
 class Node(NamedTuple):
-    """A drafted token; ``parent`` is the index of the node it follows in its window, -1: the token before the window."""
+    """A drafted token; ``parent`` is the index of the node it follows in its window; -1: the newest token before."""
 
     token: int
     parent: int = -1

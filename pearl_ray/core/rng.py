@@ -51,6 +51,7 @@ LOG_COEFFICIENTS = (
 )
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 GUMBEL_MAX = 22.88  # no noise is larger
+LARGE_GUMBEL, LARGE_WORD = 6.0, 10_739_706  # only words below this one, one in 400, make noise of 6 or more
 
 _CHUNK = 1 << 16  # numbers made at a time: the intermediates stay in the cache
 
@@ -98,29 +99,47 @@ def gumbel(
         seeds, positions, sample_indices: R each; a seed may be any 64-bit integer, signed or unsigned.
         purpose: a :class:`Purpose`.
     """
-    first, last = vocab_start >> 2, (vocab_start + vocab_size + 3) >> 2
-    skip = vocab_start - 4 * first
     out_RV = torch.empty((len(seeds), vocab_size), dtype=torch.float32, device=device)
     rows = max(1, _CHUNK // max(vocab_size, 1))
-    blocks = np.arange(first, last, dtype=np.uint64)[None, :]
     for start in range(0, len(seeds), rows):
         at = slice(start, start + rows)
-        key_lo, key_hi, position, sample = _keys(seeds[at], positions[at], sample_indices[at])
-        purposes = np.full((1, 1), purpose, np.uint64)
+        counters = seeds[at], positions[at], sample_indices[at]
         if out_RV.device.type == "cpu":
-            words = np.empty((len(key_lo), last - first, 4), np.uint32)
-            for i, w in enumerate(philox4x32(key_lo, key_hi, blocks, position, sample, purposes)):
-                words[:, :, i] = w
-            noise = _gumbel_of_numpy(words.reshape(len(key_lo), -1)[:, skip : skip + vocab_size])
+            out_RV[at] = gumbel_of_words(words(*counters, purpose, vocab_start=vocab_start, vocab_size=vocab_size))
         else:
-            moved = [
-                torch.from_numpy(a.astype(np.int64)).to(device)
-                for a in (key_lo, key_hi, blocks, position, sample, purposes)
-            ]
-            on_device = torch.stack(philox4x32(*moved), dim=-1).reshape(len(key_lo), -1)
-            noise = _gumbel_of_torch(on_device[:, skip : skip + vocab_size])
-        out_RV[at] = noise
+            blocks, skip = _blocks(vocab_start, vocab_size)
+            arrays = [*_keys(*counters), np.full((1, 1), purpose, np.uint64)]
+            key_lo, key_hi, position, sample, last = (torch.from_numpy(a.astype(np.int64)).to(device) for a in arrays)
+            on_device = torch.from_numpy(blocks.astype(np.int64)).to(device)
+            stacked = torch.stack(philox4x32(key_lo, key_hi, on_device, position, sample, last), dim=-1)
+            out_RV[at] = _gumbel_of_torch(stacked.reshape(len(key_lo), -1)[:, skip : skip + vocab_size])
     return out_RV
+
+
+def words(
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    sample_indices: Sequence[int],
+    purpose: int,
+    *,
+    vocab_start: int,
+    vocab_size: int,
+) -> NDArray[np.uint32]:
+    """The 32-bit words behind :func:`gumbel`, uint32 ``[R, vocab_size]``; small words make large noise."""
+    blocks, skip = _blocks(vocab_start, vocab_size)
+    key_lo, key_hi, position, sample = _keys(seeds, positions, sample_indices)
+    out = np.empty((len(seeds), blocks.shape[1], 4), np.uint32)
+    purposes = np.full((1, 1), purpose, np.uint64)
+    for i, word in enumerate(philox4x32(key_lo, key_hi, blocks, position, sample, purposes)):
+        out[:, :, i] = word
+    return out.reshape(len(seeds), -1)[:, skip : skip + vocab_size]
+
+
+def gumbel_of_words(words: NDArray[np.uint32]) -> torch.Tensor:
+    """Words to Gumbel noise, float32 of the same shape: steps 1 to 4 of the module's recipe."""
+    high = words >= HIGH_WORD
+    small = np.where(high, ~words, words).astype(np.float32)
+    return _gumbel_of(torch.from_numpy(small), torch.from_numpy(high))
 
 
 def gumbel_at(seed: int, position: int, sample_index: int, purpose: int, ids: torch.Tensor) -> torch.Tensor:
@@ -132,8 +151,7 @@ def gumbel_at_rows(
     seeds: Sequence[int], positions: Sequence[int], sample_indices: Sequence[int], purpose: int, ids_RK: torch.Tensor
 ) -> torch.Tensor:
     """:func:`gumbel_at` for K ids of each of R rows, float32 ``[R, K]``; on a device, the words are made on the CPU."""
-    words = _words_at(seeds, positions, sample_indices, purpose, ids_RK.cpu().numpy())
-    return _gumbel_of_numpy(words).to(ids_RK.device)
+    return gumbel_of_words(_words_at(seeds, positions, sample_indices, purpose, ids_RK.cpu().numpy())).to(ids_RK.device)
 
 
 def gumbel_estimate(seed: int, position: int, sample_index: int, purpose: int, token_id: int) -> float:
@@ -150,8 +168,8 @@ def uniforms(
     seeds: Sequence[int], positions: Sequence[int], sample_indices: Sequence[int], purpose: int
 ) -> NDArray[np.float64]:
     """:func:`uniform` for R rows."""
-    words = _words_at(seeds, positions, sample_indices, purpose, np.zeros((len(seeds), 1), np.int64))
-    return (words[:, 0].astype(np.float64) + 0.5) * 2.0**-32
+    word_R1 = _words_at(seeds, positions, sample_indices, purpose, np.zeros((len(seeds), 1), np.int64))
+    return (word_R1[:, 0].astype(np.float64) + 0.5) * 2.0**-32
 
 
 def entropy_seed() -> int:
@@ -193,12 +211,6 @@ def _log1p_poly(k: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     return y.add_(f).add_(k * LN2_HIGH)
 
 
-def _gumbel_of_numpy(words: NDArray[np.uint32]) -> torch.Tensor:
-    high = words >= HIGH_WORD
-    small = np.where(high, ~words, words).astype(np.float32)
-    return _gumbel_of(torch.from_numpy(small), torch.from_numpy(high))
-
-
 def _gumbel_of_torch(words: torch.Tensor) -> torch.Tensor:
     high = words >= HIGH_WORD
     return _gumbel_of(torch.where(high, words ^ MASK32, words).to(torch.float32), high)
@@ -217,6 +229,12 @@ def _fraction(seed: int, position: int, sample_index: int, purpose: int, token_i
     key = seed & (2**64 - 1)
     block = philox4x32(key & MASK32, key >> 32, token_id >> 2, int(position), int(sample_index), int(purpose))
     return (block[token_id & 3] + 0.5) * 2.0**-32
+
+
+def _blocks(vocab_start: int, vocab_size: int) -> tuple[NDArray[Any], int]:
+    """The first counter word of every block that holds an id of the slice ``[1, B]``, and where in them it starts."""
+    first, last = vocab_start >> 2, (vocab_start + vocab_size + 3) >> 2
+    return np.arange(first, last, dtype=np.uint64)[None, :], vocab_start - 4 * first
 
 
 def _keys(seeds: Sequence[int], positions: Sequence[int], sample_indices: Sequence[int]) -> list[NDArray[Any]]:

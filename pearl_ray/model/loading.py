@@ -123,10 +123,7 @@ def load_model(
     on_layer_loaded: Callable[[int, int], None],
 ) -> LoadedModel:
     """Load one rank's part of the draft or the target."""
-    source = open_source(model_path("target", target_model, cache_dir)) if role == "target" or not draft_model else None
-    if role == "draft":
-        source = open_source(model_path("draft", draft_model, cache_dir), fallback=source)
-    assert source is not None
+    source = source_of(role, target_model, draft_model, cache_dir)
     plan = ShardPlan.make(source.config, group.size)
     torch_dtype = DTYPES[dtype]
     transformer = Transformer(
@@ -145,6 +142,6 @@ def load_model(
 
 
 def source_of(role: Role, target_model: str | None, draft_model: str | None, cache_dir: str) -> WeightSource:
-    """The weight source of one model of a pair, for tools that want the tensors themselves."""
+    """The weights of one model of a pair; a draft may leave some of its tensors to the target."""
     target = open_source(model_path("target", target_model, cache_dir))
     return target if role == "target" else open_source(model_path("draft", draft_model, cache_dir), fallback=target)

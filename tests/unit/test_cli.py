@@ -444,17 +444,18 @@ def test_chat_ends_at_the_end_of_its_input(cluster: FakeCluster) -> None:
 def test_demo_shows_text_legend_and_a_comparison_with_the_target_alone(cluster: FakeCluster) -> None:
     result = run("demo", env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
-    assert [engine.config.mode for engine in FakeEngine.made] == ["pearl", "ar"]
-    assert all(engine.closed for engine in FakeEngine.made)
-    assert FakeEngine.made[1].calls[-1][2].seed == 9
+    [engine] = FakeEngine.made
+    assert engine.closed and engine.calls[-2][2].num_speculative_tokens is None
+    alone = engine.calls[-1][2]
+    assert alone.num_speculative_tokens == 0 and alone.seed == 9
     for part in ("h\u00e9y!", "post_verify", "residual", "tokens per target forward", "1.50", "rounds in pre_verify"):
         assert part in result.stdout
     assert "speed-up" in result.stdout and "1.00×" in result.stdout
 
 
-def test_demo_without_comparison_starts_one_engine(cluster: FakeCluster) -> None:
+def test_demo_without_comparison_asks_no_second_time(cluster: FakeCluster) -> None:
     assert run("demo", "--no-compare").exit_code == 0
-    assert len(FakeEngine.made) == 1
+    assert len(FakeEngine.made[0].calls) == 2  # a warm-up and the answer
 
 
 def test_serve_with_detach_returns_and_leaves_the_deployment(cluster: FakeCluster) -> None:

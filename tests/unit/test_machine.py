@@ -176,6 +176,17 @@ def test_n_answers_of_one_request_differ_and_each_is_reproducible():
     assert texts[0] == texts[1] and len(set(texts[0])) == 3
 
 
+def test_a_request_may_choose_its_own_window_or_none():
+    simulation = Simulation(window=4)
+    wanted = [params(num_speculative_tokens=n, ignore_eos=True) for n in (None, 0, 2, 7)]
+    requests = [simulation.controller.submit(str(i), None, [1, 2], p) for i, p in enumerate(wanted)]
+    simulation.run()
+    answers = [request.answers[0] for request in requests]
+    assert len({tuple(a.token_ids) for a in answers}) == 1
+    assert set(answers[1].origins) == {"prefill", "target"} and answers[1].num_drafted == 0
+    assert answers[2].num_drafted < answers[0].num_drafted
+
+
 class Machine(RuleBasedStateMachine):
     """Requests, aborts, rounds, late diffs and late summaries in any order, with few blocks."""
 

@@ -23,7 +23,7 @@ KNOWN_ANSWERS = [
 
 
 def _gumbel_of(words: np.ndarray) -> np.ndarray:
-    return rng._gumbel_of_numpy(words.astype(np.uint32)).numpy()
+    return rng.gumbel_of_words(words.astype(np.uint32)).numpy()
 
 
 def _exact(words: np.ndarray) -> np.ndarray:
@@ -51,6 +51,13 @@ def test_every_word_gives_finite_noise_in_the_documented_range() -> None:
     assert np.isfinite(noise).all()
     assert -3.13 <= noise.min() < -3.1299
     assert 22.87 < noise.max() < rng.GUMBEL_MAX
+
+
+def test_only_words_below_the_documented_one_make_large_noise() -> None:
+    words = np.concatenate([_stratified_words(), rng.LARGE_WORD + np.arange(-20_000, 20_000)]).astype(np.uint64)
+    noise = _gumbel_of(words)
+    assert noise[words >= rng.LARGE_WORD].max() < rng.LARGE_GUMBEL
+    assert noise[words < rng.LARGE_WORD].min() > rng.LARGE_GUMBEL - 0.02
 
 
 def test_noise_is_accurate_to_float32_and_falls_as_the_word_grows() -> None:
