@@ -6,7 +6,7 @@ Everything that can be refused is refused here, before a request is taken. Calle
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -29,9 +29,8 @@ from pearl_ray.actors.target_shard import TargetShard
 from pearl_ray.cluster.devices import Transport, choose_transport
 from pearl_ray.cluster.placement import Bundle
 from pearl_ray.cluster.shm import arena_path
-from pearl_ray.core.errors import ConfigError, OutOfMemoryError
+from pearl_ray.core.errors import OutOfMemoryError
 from pearl_ray.core.windows import StepCosts
-from pearl_ray.model.config import ModelConfig
 from pearl_ray.model.loading import Models
 
 DEFAULT_MAX_MODEL_LEN = 8192  # on CPU, where a model's own limit can be far more than memory and patience allow
@@ -85,7 +84,7 @@ class BringUp:
             open_inbox: opens the coordinator's inbox in that folder, or (None) on TCP at an address; its endpoint.
         """
         self._infos = await self._all(lambda shard, _: shard.info.remote())
-        max_model_len = _max_model_len(self._spec, models.configs)
+        max_model_len = _max_model_len(self._spec, models)
         _check_memory(self._spec, models, self._infos)
         self.phase = "loading"
         groups = await self._groups()
@@ -171,14 +170,11 @@ class BringUp:
         return MailboxWiring(transport=transport, meeting_point=point, num_readers=num_readers)
 
 
-def _max_model_len(spec: DeploymentSpec, configs: Mapping[Role, ModelConfig]) -> int:
-    """The longest sequence both models can hold."""
-    longest = min(config.max_position_embeddings for config in configs.values())
-    if spec.max_model_len is None:
-        return min(longest, DEFAULT_MAX_MODEL_LEN) if spec.device == "cpu" else longest
-    if spec.max_model_len > longest:
-        raise ConfigError("max_model_len", spec.max_model_len, f"at most {longest}, the models' own limit")
-    return spec.max_model_len
+def _max_model_len(spec: DeploymentSpec, models: Models) -> int:
+    """The longest sequence: what was asked for, or what both models can hold."""
+    if spec.max_model_len is not None:
+        return spec.max_model_len
+    return min(models.max_model_len, DEFAULT_MAX_MODEL_LEN) if spec.device == "cpu" else models.max_model_len
 
 
 def _check_memory(spec: DeploymentSpec, models: Models, infos: dict[ShardId, ShardInfo]) -> None:
@@ -216,9 +212,7 @@ def _num_blocks(
         if info.device != "cpu":
             fits = min(fits, footprints[key].free_bytes // footprints[key].bytes_per_block)
     if spec.kv_cache_blocks is not None:
-        if spec.kv_cache_blocks > max(fits, 0) and spec.kv_cache_blocks > useful:
-            raise ConfigError("kv_cache_blocks", spec.kv_cache_blocks, f"at most {useful}; more can't be used")
-        return spec.kv_cache_blocks
+        fits, least = spec.kv_cache_blocks, 0
     if fits < least:
         per_block = sum(footprint.bytes_per_block for footprint in footprints.values())
         free = min(footprint.free_bytes for footprint in footprints.values())

@@ -236,7 +236,6 @@ class CoordinatorActor:
         queued: list[str] = []
         try:
             for request_id, (text, token_ids), param in zip(ids, encoded, params, strict=True):
-                refuse_unsupported(param)
                 request = controller.submit(request_id, text, token_ids, param)
                 queued.append(request_id)
                 self._clients.add(client_id, request)
@@ -421,13 +420,6 @@ def _reason(error: BaseException | None) -> str:
     if isinstance(error, ray.exceptions.RayTaskError):
         return f"{type(error.cause).__name__}: {error.cause}"
     return "its process ended" if isinstance(error, ray.exceptions.RayActorError) else str(error)
-
-
-def refuse_unsupported(params: SamplingParams) -> None:
-    """Refuse what isn't honoured yet, rather than ignore it."""
-    for name in ("logprobs", "prompt_logprobs"):
-        if getattr(params, name) is not None:
-            raise ConfigError(name, getattr(params, name), "None; log-probabilities are not available yet")
 
 
 Coordinator = ray.remote(max_concurrency=MAX_CONCURRENCY, max_restarts=0)(CoordinatorActor)

@@ -16,9 +16,10 @@ import torch
 from pearl_ray.actors.epochs import Epochs, Sends
 from pearl_ray.cluster.bridge import Bridge
 from pearl_ray.core.errors import ReplicaDivergedError
-from pearl_ray.core.messages import RoundSummary, SequenceSummary, VerdictMessage, Window
+from pearl_ray.core.logprobs import token_logprobs
+from pearl_ray.core.messages import RoundSummary, SequenceSummary, TokenLogprobs, VerdictMessage, Window
 from pearl_ray.core.phases import Node, Proposal
-from pearl_ray.core.replica import Replica
+from pearl_ray.core.replica import BatchSequence, Replica
 from pearl_ray.core.schedule import RoundPlan, Work
 from pearl_ray.core.verify import Segment, verify_sharded
 from pearl_ray.model.batching import Entry
@@ -68,6 +69,7 @@ class TargetLoop:
         if not in_turn:
             drafted, wait_s = self._receive_window(number, plan, checksum)
         verdicts = self._judge(plan, drafted, logits)
+        logprobs = self._logprobs(plan, drafted, verdicts, logits)
         if self.bridge is not None and self.runner.group.rank == 0:
             counts = np.array([v[0] for v in verdicts], dtype=np.int32)
             tokens = np.array([v[1] for v in verdicts], dtype=np.int32)
@@ -76,7 +78,7 @@ class TargetLoop:
         self.replica.advance(plan, drafted, verdicts)
         if self.coordinator is not None:
             sequences = [
-                SequenceSummary(work.seq_id, [node.token for node in nodes], *verdict)
+                SequenceSummary(work.seq_id, [node.token for node in nodes], *verdict, *logprobs.get(work.seq_id, ()))
                 for work, nodes, verdict in zip(plan.works, drafted, verdicts, strict=True)
             ]
             finished = time.monotonic()
@@ -91,8 +93,14 @@ class TargetLoop:
             if work.target_fed:
                 tokens, start = self.replica.target_entry(work, nodes)
                 blocks = self.replica.sequences[work.seq_id].target_blocks
-                entries.append(Entry(tokens, start, blocks, work.num_rows))
+                entries.append(Entry(tokens, start, blocks, self._num_outputs(work)))
         return entries
+
+    def _num_outputs(self, work: Work) -> int:
+        """Rows of the pass whose logits are wanted: more than the plan's where a prompt's log-probabilities are."""
+        sequence = self.replica.sequences[work.seq_id]
+        wants_prompt = sequence.join.params.prompt_logprobs is not None
+        return work.target_fed if wants_prompt and work.target_fed and _in_prompt(sequence) else work.num_rows
 
     def _receive_window(self, number: int, plan: RoundPlan, checksum: int) -> tuple[Drafted, float]:
         """The draft's tokens per work of the plan, and the seconds waited for them."""
@@ -129,12 +137,53 @@ class TargetLoop:
         if judged:
             assert logits_RV is not None
             segments = [self._segment(work, drafted[i]) for i, work in judged]
-            found = verify_sharded(
-                logits_RV, segments, self.runner.group, self.runner.vocab_sizes, num_valid=self.runner.num_valid
-            )
+            group, sizes = self.runner.group, self.runner.vocab_sizes
+            rows = self._judged_rows(plan)
+            own_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
+            found = verify_sharded(own_RV, segments, group, sizes, num_valid=self.runner.num_valid)
             for (i, _), verdict in zip(judged, found, strict=True):
                 verdicts[i] = (verdict.num_accepted, verdict.token)
         return verdicts
+
+    def _judged_rows(self, plan: RoundPlan) -> list[int]:
+        """Which rows of the logits are judged: the last ``num_rows`` of each work's."""
+        rows: list[int] = []
+        end = 0
+        for work in plan.works:
+            end += self._num_outputs(work)
+            rows += range(end - work.num_rows, end)
+        return rows
+
+    def _logprobs(
+        self, plan: RoundPlan, drafted: Drafted, verdicts: list[tuple[int, int]], logits_RV: torch.Tensor | None
+    ) -> dict[int, tuple[list[TokenLogprobs], int, list[TokenLogprobs]]]:
+        """Per sequence that asks: those of its committed tokens, and of the prompt tokens this round fed."""
+        found: dict[int, tuple[list[TokenLogprobs], int, list[TokenLogprobs]]] = {}
+        end = 0
+        for work, nodes, (num_accepted, token) in zip(plan.works, drafted, verdicts, strict=True):
+            outputs = self._num_outputs(work)
+            begin, end = end, end + outputs
+            sequence = self.replica.sequences[work.seq_id]
+            params = sequence.join.params
+            wants_output = params.logprobs is not None and work.num_rows > 0
+            if logits_RV is None or not (wants_output or outputs > work.num_rows):
+                continue
+            whole_RV = self.runner.group.all_gather(logits_RV[begin:end].contiguous(), self.runner.vocab_sizes)
+            output: list[TokenLogprobs] = []
+            if params.logprobs is not None and work.num_rows:
+                window = [node.token for node in sequence.state.pending + nodes]
+                committed = window[:num_accepted] + ([token] if token >= 0 else [])
+                first = outputs - work.num_rows
+                rows_RV = whole_RV[first : first + len(committed)]
+                output = token_logprobs(rows_RV, committed, params.logprobs, num_valid=self.runner.num_valid)
+            start = sequence.state.target_kv + 1
+            known = sequence.tokens[start : start + outputs] if outputs > work.num_rows or _in_prompt(sequence) else []
+            prompt: list[TokenLogprobs] = []
+            if params.prompt_logprobs is not None and known:
+                rows_RV = whole_RV[: len(known)]
+                prompt = token_logprobs(rows_RV, known, params.prompt_logprobs, num_valid=self.runner.num_valid)
+            found[work.seq_id] = (output, start, prompt)
+        return found
 
     def _segment(self, work: Work, nodes: tuple[Node, ...]) -> Segment:
         sequence = self.replica.sequences[work.seq_id]
@@ -148,3 +197,8 @@ class TargetLoop:
         ids = np.stack([p.ids_K for p in proposals if p is not None])
         probs = np.stack([p.probs_K for p in proposals if p is not None])
         return Segment(rows, tuple(tokens), True, ids, probs)
+
+
+def _in_prompt(sequence: BatchSequence) -> bool:
+    """Whether the sequence's prompt is being fed for the first time."""
+    return not sequence.state.is_decoding and sequence.state.num_committed == sequence.state.num_prompt

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
+import weakref
 from types import TracebackType
 
 import zmq
@@ -35,13 +36,13 @@ class Inbox:
 
     Args:
         host: None for senders on this machine; this machine's IP address when some are on other machines.
-        folder: an existing private folder for the socket file, e.g. one per deployment that its owner removes; None
-            makes one, removed by :meth:`close`.
+        folder: an existing private folder for the socket file, e.g. one per deployment that its owner removes, which
+            also serves processes that are killed; None makes one, removed by :meth:`close` or at the process's end.
     """
 
     def __init__(self, host: str | None = None, *, folder: str | None = None) -> None:
         self._token = secrets.token_bytes(_TOKEN_BYTES)
-        self._folder: str | None = None
+        self._remove_folder: weakref.finalize[..., Inbox] | None = None  # also when the process ends without close()
         self._path: str | None = None
         self.num_dropped = 0
         self._context = zmq.Context()
@@ -100,8 +101,8 @@ class Inbox:
         if self._path is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._remove_folder is not None:
+            self._remove_folder()
 
     def __enter__(self) -> Inbox:
         return self
@@ -121,10 +122,11 @@ class Inbox:
 
     def _bind_ipc(self, folder: str | None) -> str:
         if folder is None:
-            folder = self._folder = tempfile.mkdtemp(prefix="pearl-")
+            folder = tempfile.mkdtemp(prefix="pearl-")
             if len(folder) > _MAX_IPC_PATH - 24:  # a deep TMPDIR
                 shutil.rmtree(folder)
-                folder = self._folder = tempfile.mkdtemp(prefix="pearl-", dir="/tmp")
+                folder = tempfile.mkdtemp(prefix="pearl-", dir="/tmp")
+            self._remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._path = os.path.join(folder, f"{secrets.token_hex(8)}.sock")
         self._socket.bind(f"ipc://{self._path}")
         return f"ipc://{self._path}#{self._token.hex()}"

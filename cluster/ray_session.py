@@ -1,7 +1,7 @@
 """Joining the Ray that runs, or starting one; following the cluster's authentication without the user's help.
 
 Knows addresses, tokens' places and Ray's environment variables. Knows nothing of what is deployed.
-Why it is as it is: docs/decisions/ray-sessions.md.
+Why it is as it is: docs/decisions/0005-ray-sessions.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def open_session(
     wanted: Callable[[], bool] | None = None,
     num_cpus: int | None = None,
     num_gpus: int | None = None,
-    timeout_s: float = 30.0,
+    timeout_s: float = 60.0,
 ) -> RaySession:
     """Connect this process to Ray.
 
@@ -129,7 +129,7 @@ def open_session(
     )
 
 
-def cluster_auth_mode(address: str, timeout_s: float = 30.0) -> str:
+def cluster_auth_mode(address: str, timeout_s: float = 60.0) -> str:
     """How the cluster at ``host:port`` authenticates: "disabled", or "token" with one that this process can find.
 
     Raises:

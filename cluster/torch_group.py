@@ -33,7 +33,7 @@ _NCCL_WATCHDOG = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # at a deadline end the communicator; the default ends the process
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # without these three it first gathers traces, for over a minute
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "100",
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
+    "TORCH_FR_BUFFER_SIZE": "0",
 }
 _CLOSE_S = 5.0  # how long close() waits for the connections to end; they end without it too
 

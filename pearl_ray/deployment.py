@@ -22,15 +22,43 @@ from pearl_ray.client import Client, raise_cause
 from pearl_ray.cluster.placement import create_placement_group, plan_bundles, remove_placement_group
 from pearl_ray.config import PearlConfig, ResolvedConfig, resolve
 from pearl_ray.core.errors import ConfigError, DeploymentNotFoundError, PearlError
-from pearl_ray.model.loading import model_path, open_models
+from pearl_ray.model.loading import Models, model_path, open_models
+from pearl_ray.model.sharding import ShardPlan
 
 Progress = Callable[[str, int, int], None]
 POLL_S = 0.1
 STOP_TIMEOUT_S = 30.0
 
 
+def check_models(config: PearlConfig, progress: Progress | None = None) -> Models:
+    """Open the pair's files (fetching the embedded one) and check them; needs no Ray and reads no weights.
+
+    Raises:
+        ModelLoadError, UnsupportedModelError, VocabularyMismatchError: which file, and what is wrong with it.
+        ConfigError: a number of shards or a length that the models don't allow.
+    """
+    cache_dir = str(env.cache_dir())
+    if config.target_model is None or (config.draft_model is None and config.uses_draft):
+        if progress is not None:
+            progress("fetching the embedded pair", 0, 0)
+        model_path("target", None, cache_dir)
+    models = open_models(config.target_model, config.draft_model, cache_dir, with_draft=config.uses_draft)
+    ShardPlan.make(models.configs["target"], config.target_tensor_parallel_size)
+    if config.uses_draft:
+        ShardPlan.make(models.configs["draft"], config.draft_tensor_parallel_size)
+    longest = models.max_model_len
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise ConfigError("max_model_len", config.max_model_len, f"at most {longest}, the models' own limit")
+    return models
+
+
 def deploy(
-    config: PearlConfig, name: str = "default", *, detached: bool = False, progress: Progress | None = None
+    config: PearlConfig,
+    name: str = "default",
+    *,
+    detached: bool = False,
+    progress: Progress | None = None,
+    models: Models | None = None,
 ) -> Client:
     """Place and start a deployment; returns when it takes requests.
 
@@ -38,6 +66,7 @@ def deploy(
         name: what ``connect`` finds it by, on this cluster.
         detached: it outlives this process; otherwise Ray ends it with us.
         progress: called with (phase, done, total) while it comes up.
+        models: what :func:`check_models` found, if it was called before.
 
     Raises:
         PearlError: its subclasses say what is wrong: models, memory, resources, a name in use.
@@ -45,7 +74,7 @@ def deploy(
     if find_coordinator(name) is not None:
         raise ConfigError("name", name, "it is in use on this cluster; stop that deployment or choose another")
     report = progress or (lambda phase, done, total: None)
-    spec = _spec(config, name, report)
+    spec = _spec(config, name, models or check_models(config, report))
     bundles = plan_bundles(
         spec.device,
         spec.draft_tp if "draft" in spec.roles else 0,
@@ -100,20 +129,15 @@ def _resolve(config: PearlConfig, checkpoint_dtype: str) -> ResolvedConfig:
     )
 
 
-def _spec(config: PearlConfig, name: str, report: Progress) -> DeploymentSpec:
-    """Decide everything; opens the models' heads, so that a bad model is refused here."""
-    cache_dir = str(env.cache_dir())
-    if config.target_model is None or (config.draft_model is None and config.uses_draft):
-        report("fetching the embedded pair", 0, 0)
-        model_path("target", None, cache_dir)
-    models = open_models(config.target_model, config.draft_model, cache_dir, with_draft=config.uses_draft)
+def _spec(config: PearlConfig, name: str, models: Models) -> DeploymentSpec:
+    """Every choice made."""
     resolved = _resolve(config, models.configs["target"].dtype)
     fixed = resolved.num_speculative_tokens
     return DeploymentSpec(
         name=name,
         target_model=resolved.target_model,
         draft_model=resolved.draft_model,
-        cache_dir=cache_dir,
+        cache_dir=str(env.cache_dir()),
         mode=resolved.mode,
         verification=resolved.verification,
         num_speculative_tokens=None if fixed == "auto" else fixed,

@@ -13,7 +13,7 @@ from pearl_ray.client import Client
 from pearl_ray.cluster.ray_session import open_session
 from pearl_ray.config import PearlConfig
 from pearl_ray.core.errors import PearlError
-from pearl_ray.deployment import deploy, stop_deployment
+from pearl_ray.deployment import check_models, deploy, stop_deployment
 from pearl_ray.model.loading import model_path
 from pearl_ray.model.tokenizer import Tokenizer, load_tokenizer
 
@@ -36,9 +36,10 @@ class PearlEngine(Client):
         self.config = config or PearlConfig()
         self._tokenizer: Tokenizer | None = None
         self._closed = False
+        models = check_models(self.config, progress)  # before Ray: what is wrong there is said at once
         session = open_session(self.config.ray_address)
         try:
-            client = deploy(self.config, f"engine-{uuid.uuid4().hex[:12]}", progress=progress)
+            client = deploy(self.config, f"engine-{uuid.uuid4().hex[:12]}", progress=progress, models=models)
         except BaseException:
             session.close()
             raise

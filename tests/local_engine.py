@@ -5,6 +5,8 @@ Starts in a fraction of a second, so that tests can go through many arrangements
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -61,7 +63,8 @@ class LocalEngine:
         self._dtype = dtype
         self.models: Models = open_models(*self._paths.values(), "", with_draft=mode != "ar")
         self._tp: dict[Role, int] = {"target": target_tp} if mode == "ar" else {"target": target_tp, "draft": draft_tp}
-        self._inbox = Inbox()
+        self._folder = tempfile.mkdtemp(prefix="pearl-test-")
+        self._inbox = Inbox(folder=self._folder)
         self._arenas = {name: arena_path(name) for name in ("target", "draft", "windows", "verdicts")}
         self._closing: list[object] = []
         self.errors: list[BaseException] = []
@@ -86,7 +89,7 @@ class LocalEngine:
         )
         self.pools = pools
         ranks: list[tuple[Role, int]] = [(role, rank) for role, size in self._tp.items() for rank in range(size)]
-        self._inboxes = {key: Inbox() for key in ranks}
+        self._inboxes = {key: Inbox(folder=self._folder) for key in ranks}
         self._outboxes = [Outbox(inbox.endpoint) for inbox in self._inboxes.values()]
         self._threads = [threading.Thread(target=self._shard, args=key, daemon=True) for key in ranks]
         for thread in self._threads:
@@ -190,5 +193,8 @@ class LocalEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)

@@ -215,11 +215,13 @@ class Controller:
             if work.num_tested:
                 self.windows.observe_tests(work.num_tested, entry.num_accepted)
             self.statistics.count_tests(work, entry)
+        for position, logprobs in enumerate(entry.prompt_logprobs, entry.prompt_start):
+            answer.request.prompt_logprobs.setdefault(position, logprobs)
         if not commit.tokens:
             self._keep(running)
             return
         before = len(answer.token_ids)
-        answer.commit(commit)
+        answer.commit(commit, entry.logprobs)
         self.statistics.generation_tokens += len(answer.token_ids) - before
         self._touched[id(answer)] = answer
         request = answer.request
@@ -312,7 +314,9 @@ class Controller:
                 holdings.append(None)
                 found.append([])
                 continue
-            cached = pool.find_prefix(tokens, len(tokens) - 1)
+            # A prompt's log-probabilities come from feeding it: nothing of it may be skipped.
+            fed_whole = answer.request.params.prompt_logprobs is not None and not answer.token_ids
+            cached = pool.find_prefix(tokens, 0 if fed_whole else len(tokens) - 1)
             holding = Holding(pool)
             need = holding.missing(wanted) - len(cached) + pool.num_free_among(cached)
             # Beside a running batch some blocks stay free, so that a newcomer doesn't preempt itself next round.

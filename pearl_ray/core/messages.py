@@ -78,13 +78,33 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """The coordinator ends the loop; the shard returns from its run."""
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: the token that is there and its rank (from 1), then the likeliest ids.
+
+    Natural logarithms of the target's softmax over the raw logits, before temperature, penalties and filters.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
 class SequenceSummary(msgspec.Struct, frozen=True, array_like=True):
-    """One sequence's part of a round: enough to repeat its transition."""
+    """One sequence's part of a round: enough to repeat its transition.
+
+    ``logprobs``: per committed token, where the request asks for them; ``prompt_logprobs``: per prompt token whose
+    distribution a prefill chunk gave, from position ``prompt_start`` on.
+    """
 
     seq_id: int
     drafted: list[int]
     num_accepted: int
     token: int
+    logprobs: list[TokenLogprobs] = []
+    prompt_start: int = 0
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class RoundSummary(msgspec.Struct, frozen=True, tag=True):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pearl_ray.core.detokenizer import Detokenizer
-from pearl_ray.core.outputs import CompletionOutput, RequestMetrics, RequestOutput, run_lengths
+from pearl_ray.core.messages import TokenLogprobs
+from pearl_ray.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, run_lengths
 from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.phases import Commit, Origin
 
@@ -29,6 +30,7 @@ class Answer:
     detokenizer: Detokenizer
     token_ids: list[int] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     seq_id: int | None = None
@@ -44,7 +46,7 @@ class Answer:
         """Prompt and committed output."""
         return self.request.prompt_ids + self.token_ids
 
-    def commit(self, commit: Commit) -> None:
+    def commit(self, commit: Commit, logprobs: Sequence[TokenLogprobs] = ()) -> None:
         """Take committed tokens in order, up to the first stop; what lies behind it is trimmed."""
         assert self.finish_reason is None
         kept = 0
@@ -61,8 +63,10 @@ class Answer:
         self._unsent_text += delta.text
         self.token_ids += tokens
         self.origins += commit.origins[:kept]
+        self.logprobs += logprobs[:kept]
         if delta.stop_reason is not None:
-            del self.token_ids[delta.num_tokens_used :], self.origins[delta.num_tokens_used :]
+            for kept_list in (self.token_ids, self.origins, self.logprobs):
+                del kept_list[delta.num_tokens_used :]
             self.finish_reason, self.stop_reason = "stop", delta.stop_reason
         elif self.finish_reason is not None:
             self._unsent_text += self.detokenizer.finish()
@@ -89,8 +93,22 @@ class Answer:
             return None
         tokens, origins = self.token_ids[self._sent :], self.origins[self._sent :]
         text, self._unsent_text = self._unsent_text, ""
+        logprobs = self.readable(self.logprobs[self._sent :]) if self.request.params.logprobs is not None else None
         self._sent = len(self.token_ids)
-        return Update(request_id, self.index, tuple(tokens), tuple(origins), text, self.finish_reason, self.stop_reason)
+        return Update(
+            request_id,
+            self.index,
+            tuple(tokens),
+            tuple(origins),
+            text,
+            self.finish_reason,
+            self.stop_reason,
+            logprobs,
+        )
+
+    def readable(self, logprobs: Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
+        """Per token, the candidates by id: the token itself and the likeliest."""
+        return [_candidates(entry, self.request.decode) for entry in logprobs]
 
     def output(self) -> CompletionOutput:
         """The answer so far."""
@@ -101,6 +119,7 @@ class Answer:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             origins=list(self.origins),
+            logprobs=self.readable(self.logprobs) if self.request.params.logprobs is not None else None,
         )
 
 
@@ -115,6 +134,7 @@ class Update:
     text: str
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    logprobs: list[dict[int, Logprob]] | None = None
 
 
 @dataclass(slots=True)
@@ -129,6 +149,8 @@ class Request:
     rejection: bool
     eos_token_ids: frozenset[int]
     arrived: float
+    decode: Callable[[list[int]], str]
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     first_token_at: float | None = None
     finished_at: float | None = None
@@ -155,7 +177,16 @@ class Request:
             finished=self.finished,
             metrics=self.metrics(),
             seed=self.seed,
+            prompt_logprobs=self._prompt_logprobs(),
         )
+
+    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """Per prompt token; the first has nothing before it."""
+        if self.params.prompt_logprobs is None:
+            return None
+        found = self.prompt_logprobs
+        positions = range(1, len(self.prompt_ids))
+        return [None, *(_candidates(found[i], self.decode) if i in found else None for i in positions)]
 
     def metrics(self) -> RequestMetrics:
         """Summed over the answers."""
@@ -193,10 +224,18 @@ def make_request(
 ) -> Request:
     """A request with its waiting answers; lengths must have been checked."""
     ids = list(prompt_ids)
-    request = Request(request_id, prompt, ids, params, seed, rejection, eos_token_ids, now)
+    request = Request(request_id, prompt, ids, params, seed, rejection, eos_token_ids, now, decode)
     budget = params.max_tokens if params.max_tokens is not None else max_model_len
     max_total = min(len(ids) + budget, max_model_len)
     for index in range(params.n):
         detokenizer = Detokenizer(decode, ids, stop=params.stop, min_tokens=params.min_tokens)
         request.answers.append(Answer(request, index, max_total, detokenizer))
     return request
+
+
+def _candidates(entry: TokenLogprobs, decode: Callable[[list[int]], str]) -> dict[int, Logprob]:
+    """The token first, then the likeliest, each with its rank and text."""
+    found = {entry.token: Logprob(entry.logprob, entry.rank, decode([entry.token]))}
+    for rank, (token, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), 1):
+        found.setdefault(token, Logprob(logprob, rank, decode([token])))
+    return found

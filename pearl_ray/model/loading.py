@@ -47,6 +47,11 @@ class Models:
     eos_token_ids: frozenset[int]
     num_valid: Mapping[Role, int]
 
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence that both models know positions for."""
+        return min(config.max_position_embeddings for config in self.configs.values())
+
     def weight_bytes(self, role: Role, dtype: str) -> int:
         """What a model's weights take in memory, all ranks together."""
         return self.parameters[role] * DTYPES[dtype].itemsize

@@ -113,3 +113,33 @@ def test_acceptance_on_the_tiny_pair_is_what_makes_speculation_pay(tiny_dirs, pr
     forwards = sum(r.answers[0].num_target_forwards for r in requests)
     committed = sum(len(r.answers[0].token_ids) - 1 for r in requests)
     assert committed / forwards > 1.5
+
+
+@pytest.mark.parametrize("mode", ["pearl", "sd", "ar"])
+@pytest.mark.parametrize("target_tp", [1, 3])
+def test_logprobs_are_those_of_a_teacher_forced_pass(tiny_dirs, prompts, mode, target_tp):
+    params = [
+        SamplingParams(temperature=0.8, presence_penalty=0.5, seed=4, max_tokens=20, logprobs=3, prompt_logprobs=2),
+        SamplingParams(temperature=0.0, max_tokens=12, logprobs=0),
+        SamplingParams(temperature=0.0, max_tokens=12),
+    ]
+    with LocalEngine(tiny_dirs, mode=mode, target_tp=target_tp, max_num_batched_tokens=16) as engine:
+        requests = engine.generate(prompts[:3], params)
+    outputs = [request.output() for request in requests]
+    assert outputs[2].outputs[0].logprobs is None and outputs[1].prompt_logprobs is None
+    assert all(len(candidates) == 1 for candidates in outputs[1].outputs[0].logprobs)
+    model = AutoModelForCausalLM.from_pretrained(tiny_dirs[0], dtype=torch.float64)
+    first, tokens = outputs[0], outputs[0].outputs[0].token_ids
+    ids = torch.tensor([prompts[0] + tokens])
+    expected = model(ids).logits[0].log_softmax(-1)
+    assert first.prompt_logprobs[0] is None
+    given = [*first.prompt_logprobs[1:], *first.outputs[0].logprobs]
+    assert len(given) == ids.shape[1] - 1
+    for position, candidates in enumerate(given):
+        token = int(ids[0, position + 1])
+        row = expected[position]
+        assert candidates[token].rank == int((row > row[token]).sum()) + 1
+        top = row.topk(2 if position + 1 < len(prompts[0]) else 3).indices.tolist()
+        assert set(candidates) == {token, *top}
+        for candidate, logprob in candidates.items():
+            assert logprob.logprob == pytest.approx(float(row[candidate]), abs=1e-4)

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from pearl_ray.cluster.ray_session import RaySession, open_session
+from tests.ray.machine import machine
+
+__all__ = ["machine"]
 
 
 @pytest.fixture(scope="module")

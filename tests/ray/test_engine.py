@@ -128,8 +128,6 @@ def test_the_raw_handle_answers_in_one_ray_call(engine, expected):
 def test_what_cannot_be_served_is_refused_and_hurts_nobody(engine, expected):
     with pytest.raises(RequestRefusedError, match="max_model_len is 512"):
         engine.generate([PROMPT, [1] * 512], GREEDY)
-    with pytest.raises(ConfigError, match="logprobs"):
-        engine.generate(PROMPT, SamplingParams(logprobs=1))
     with pytest.raises(ConfigError, match="one per prompt"):
         engine.generate([PROMPT], [GREEDY, GREEDY])
     assert list(engine.generate(PROMPT, GREEDY)[0].outputs[0].token_ids) == expected["greedy"]

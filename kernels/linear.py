@@ -1,0 +1,215 @@
+"""Linear maps of 1 to 16 rows at the speed of reading the weights: two Triton kernels, cuBLAS, and a measured choice.
+
+``products`` keeps one product per weight in registers and sums at the end: for 1 to 4 rows. ``dots`` uses the matrix
+units with rows filled up to 16 and weights streamed through shared memory. No split over the inner dimension, so a
+result doesn't depend on the order in which programs end. Knows shapes; knows no layers.
+
+Shapes: M rows, N outputs, K inputs; weights ``[N, K]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+MAX_ROWS = 16
+_MAX_ROWS_OF_PRODUCTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to compute a linear map; the blocks are outputs and inputs of one step of a program."""
+
+    kind: Literal["torch", "products", "dots"]
+    block_n: int = 0
+    block_k: int = 0
+    warps: int = 4
+    stages: int = 1
+
+
+TORCH = Choice("torch")
+PRODUCTS = (
+    Choice("products", 8, 512, 4),
+    Choice("products", 4, 512, 2),
+    Choice("products", 2, 1024, 4),
+    Choice("products", 1, 1024, 2),
+)
+DOTS = (
+    Choice("dots", 16, 256, 4, 4),
+    Choice("dots", 16, 512, 4, 3),
+    Choice("dots", 32, 256, 4, 4),
+    Choice("dots", 64, 128, 4, 4),
+)
+
+
+@triton.jit
+def _products(
+    x,
+    weight,
+    bias,
+    out,
+    num_rows,
+    num_out,
+    num_in,
+    x_stride,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    here = (n < num_out)[:, None] & (k >= 0)[None, :]
+    row_of = weight + n.to(tl.int64)[:, None] * num_in
+    if ROWS == 1:
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    else:
+        acc = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, num_in, BLOCK_K):
+        column = start + k
+        if EVEN:
+            w = tl.load(row_of + column[None, :], mask=here, other=0.0)
+        else:
+            w = tl.load(row_of + column[None, :], mask=here & (column < num_in)[None, :], other=0.0)
+        if ROWS == 1:
+            part = tl.load(x + column, mask=column < num_in, other=0.0).to(tl.float32)
+            acc += w.to(tl.float32) * part[None, :]
+        else:
+            inside = (m < num_rows)[:, None] & (column < num_in)[None, :]
+            part = tl.load(x + m[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            acc += w.to(tl.float32)[None, :, :] * part[:, None, :]
+    if ROWS == 1:
+        y = tl.sum(acc, 1)
+        if HAS_BIAS:
+            y += tl.load(bias + n, mask=n < num_out, other=0.0).to(tl.float32)
+        tl.store(out + n, y.to(out.dtype.element_ty), mask=n < num_out)
+    else:
+        y = tl.sum(acc, 2)
+        if HAS_BIAS:
+            y += tl.load(bias + n, mask=n < num_out, other=0.0).to(tl.float32)[None, :]
+        inside = (m < num_rows)[:, None] & (n < num_out)[None, :]
+        tl.store(out + m[:, None] * num_out + n[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dots(
+    x,
+    weight,
+    bias,
+    out,
+    num_rows,
+    num_out,
+    num_in,
+    x_stride,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    clamped = tl.minimum(n, num_out - 1)  # outputs beyond the last are computed and not stored
+    w_at = weight + clamped.to(tl.int64)[:, None] * num_in + k[None, :]
+    x_at = x + tl.minimum(m, num_rows - 1)[:, None] * x_stride + k[None, :]
+    acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for start in tl.range(0, num_in, BLOCK_K, num_stages=STAGES):
+        if EVEN:
+            w = tl.load(w_at + start)
+            part = tl.load(x_at + start)
+        else:
+            inside = (start + k < num_in)[None, :]
+            w = tl.load(w_at + start, mask=inside, other=0.0)
+            part = tl.load(x_at + start, mask=inside, other=0.0)
+        acc = tl.dot(part, tl.trans(w), acc)
+    if HAS_BIAS:
+        acc += tl.load(bias + clamped).to(tl.float32)[None, :]
+    inside = (m < num_rows)[:, None] & (n < num_out)[None, :]
+    tl.store(out + m[:, None] * num_out + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+def candidates(num_rows: int) -> tuple[Choice, ...]:
+    """The ways worth measuring for so many rows."""
+    if num_rows > MAX_ROWS:
+        return (TORCH,)
+    return (TORCH, *(PRODUCTS if num_rows <= _MAX_ROWS_OF_PRODUCTS else ()), *DOTS)
+
+
+def linear(
+    x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, choice: Choice
+) -> torch.Tensor:
+    """``x @ weight.T + bias``, ``[M, N]``, summed in float32 and rounded once (cuBLAS: as it does)."""
+    if choice.kind == "torch":
+        return F.linear(x_MK, weight_NK, bias_N)
+    num_rows, num_in = x_MK.shape
+    num_out = weight_NK.shape[0]
+    assert num_rows <= MAX_ROWS and weight_NK.is_contiguous() and x_MK.stride(1) == 1
+    out = torch.empty((num_rows, num_out), dtype=x_MK.dtype, device=x_MK.device)
+    is_dots = choice.kind == "dots"
+    extra = {"STAGES": choice.stages} if is_dots else {}
+    kernel = _dots if is_dots else _products
+    kernel[(triton.cdiv(num_out, choice.block_n),)](
+        x_MK,
+        weight_NK,
+        bias_N if bias_N is not None else x_MK,
+        out,
+        num_rows,
+        num_out,
+        num_in,
+        x_MK.stride(0),
+        ROWS=MAX_ROWS if is_dots else triton.next_power_of_2(num_rows),
+        BLOCK_N=choice.block_n,
+        BLOCK_K=choice.block_k,
+        EVEN=num_in % choice.block_k == 0,
+        HAS_BIAS=bias_N is not None,
+        num_warps=choice.warps,
+        **extra,
+    )
+    return out
+
+
+@dataclass(slots=True)
+class LinearChoices:
+    """The fastest way for each (outputs, inputs, rows up to a power of two), measured when first asked for.
+
+    Ask for every shape before a CUDA graph is captured. Numerics differ between the ways by rounding, so ranks and
+    replicas that must agree bit for bit share one object's answers (``chosen`` can be copied).
+    """
+
+    chosen: dict[tuple[int, int, torch.dtype, int], Choice] = field(default_factory=dict)
+    _flush: torch.Tensor | None = None
+
+    def of(self, weight_NK: torch.Tensor, num_rows: int) -> Choice:
+        """The choice for this weight's shape; measures it on first use (cold L2, some milliseconds and compilations)."""
+        if num_rows > MAX_ROWS or weight_NK.device.type != "cuda":
+            return TORCH
+        bucket = triton.next_power_of_2(num_rows)
+        key = (weight_NK.shape[0], weight_NK.shape[1], weight_NK.dtype, bucket)
+        if key not in self.chosen:
+            x_MK = torch.randn((bucket, weight_NK.shape[1]), dtype=weight_NK.dtype, device=weight_NK.device)
+            times = {c: self.time(x_MK, weight_NK, c) for c in candidates(bucket)}
+            self.chosen[key] = min(times, key=times.__getitem__)
+        return self.chosen[key]
+
+    def time(self, x_MK: torch.Tensor, weight_NK: torch.Tensor, choice: Choice, repeats: int = 11) -> float:
+        """Median milliseconds of one call with cold caches."""
+        if self._flush is None:
+            self._flush = torch.empty(256 << 20, dtype=torch.int8, device=x_MK.device)
+        linear(x_MK, weight_NK, None, choice)
+        pairs = []
+        for _ in range(repeats):
+            self._flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            linear(x_MK, weight_NK, None, choice)
+            end.record()
+            pairs.append((begin, end))
+        torch.cuda.synchronize()
+        return sorted(begin.elapsed_time(end) for begin, end in pairs)[repeats // 2]

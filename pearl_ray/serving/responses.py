@@ -1,0 +1,146 @@
+"""Bodies of answers, as the API documents them. Whole answers are made of these; streamed chunks only look alike."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class Speculation(BaseModel):
+    """What the request cost, summed over its answers; see ``RequestMetrics``."""
+
+    num_target_forwards: int
+    num_drafted: int
+    num_accepted: int
+    tokens_per_target_forward: float
+    mean_run_length: float = Field(description="Tokens accepted between two rejections (PEARL's MAT); of one prompt.")
+    rounds: dict[str, int]
+    seeds: list[int | None] = Field(description="Per prompt: with it the same answer can be had again.")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    speculation: Speculation | None = None
+
+
+class Pearl(BaseModel):
+    """One entry per token; the texts, joined, are the answer's text."""
+
+    token_ids: list[int]
+    texts: list[str]
+    origins: list[str]
+
+
+class Choice(BaseModel):
+    """What the choices of both APIs share."""
+
+    index: int
+    finish_reason: Literal["stop", "length", "abort"] | None
+    stop_reason: int | str | None = None
+    prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
+    pearl: Pearl | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Choice):
+    text: str
+    logprobs: CompletionLogprobs | None = None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Choice):
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["pearl-ray"] = "pearl-ray"
+    root: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Tokenized(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(BaseModel):
+    prompt: str
+
+
+class State(BaseModel):
+    status: str
+    reason: str | None = None
+
+
+class Version(BaseModel):
+    version: str

@@ -1,0 +1,128 @@
+"""A machine of one's own for tests: a home, a Ray started as a user would, commands run in it, and nothing left behind.
+
+`ray stop` would end every Ray of the machine: a test ends exactly the session of processes that it started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKEN = "0123456789abcdef0123456789abcdef"
+CLEARED = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_TMPDIR")
+
+
+class Machine:
+    """A home, a temp folder for Ray, and the processes started with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "home"
+        self.rays = folder / "r"
+        self.home.mkdir()
+        self.rays.mkdir()
+        self.sessions: list[int] = []
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name not in CLEARED}
+        path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
+        own = {"HOME": str(self.home), "RAY_TMPDIR": str(self.rays), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        return kept | own | extra
+
+    def write_token(self, token: str = TOKEN) -> None:
+        (self.home / ".ray").mkdir(exist_ok=True)
+        (self.home / ".ray" / "auth_token").write_text(token)
+
+    def start_head(self, **extra: str) -> str:
+        """`ray start --head` as a user would type it, on a free port; returns its address."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        log = (self.rays / "head.log").open("w")
+        ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block"]
+        options = [f"--port={port}", "--num-cpus=1", "--object-store-memory=80000000", "--include-dashboard=false"]
+        process = subprocess.Popen(
+            [*ray, *options, "--disable-usage-stats"],
+            env=self.environment(**extra),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        log.close()
+        self.sessions.append(process.pid)
+        deadline = time.monotonic() + 40
+        while "Ray runtime started" not in (text := (self.rays / "head.log").read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, text
+            time.sleep(0.1)
+        return next(line for line in text.splitlines() if "--address=" in line).split("'")[1]
+
+    def run(self, code: str, **extra: str) -> dict[str, object]:
+        """Run ``code`` in a fresh interpreter; it leaves its findings in the dict ``out``."""
+        program = f"import json, os\nout = {{}}\n{textwrap.dedent(code)}\nprint('OUT', json.dumps(out))"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=self.environment(**extra),
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=False,
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("OUT ")]
+        assert lines, done.stdout + done.stderr
+        result = json.loads(lines[-1][4:])
+        result["noise"] = done.stderr
+        return result
+
+    def end(self) -> None:
+        """End all processes of the sessions started, and wait until they are gone."""
+        for session in self.sessions:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(session, signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while (left := processes_of(session, self.rays)) and time.monotonic() < deadline:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(session, os.WNOHANG)
+                time.sleep(0.05)
+            for process in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(session, 0)
+
+
+def processes_of(session: int, folder: Path) -> list[int]:
+    """Processes (no zombies) of a session, or with ``folder`` in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            state, _, _, owner = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            if state != "Z" and (int(owner) == session or f"{folder}/" in command):
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    folder = Path(tempfile.mkdtemp(prefix="pr", dir="/tmp"))  # short: Ray's sockets lie below it
+    machine = Machine(folder)
+    yield machine
+    machine.end()
+    left = processes_of(-1, machine.rays)
+    shutil.rmtree(folder, ignore_errors=True)
+    assert left == []
