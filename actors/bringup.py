@@ -6,6 +6,8 @@ Everything that can be refused is refused here, before a request is taken. Calle
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +28,7 @@ from pearl_ray.actors.spec import (
     Wiring,
 )
 from pearl_ray.actors.target_shard import TargetShard
-from pearl_ray.cluster.devices import Transport, choose_transport
+from pearl_ray.cluster.devices import DeviceKey, Transport, choose_transport
 from pearl_ray.cluster.placement import Bundle
 from pearl_ray.cluster.shm import arena_path
 from pearl_ray.core.errors import OutOfMemoryError
@@ -74,7 +76,14 @@ class BringUp:
         self._spec = spec
         self._shards = shards
         self._infos: dict[ShardId, ShardInfo] = {}
+        self._arenas: list[str] = []
         self.phase = "placing"
+
+    def discard(self) -> None:
+        """After a failure: take away the shared memory that not all shards had attached to."""
+        for path in self._arenas:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     async def run(self, models: Models, folder: str, open_inbox: Callable[[str | None, str], str]) -> Deployment:
         """All steps.
@@ -125,7 +134,8 @@ class BringUp:
         if transport == "single":
             return ""
         if transport == "shm":
-            return arena_path(label)
+            self._arenas.append(arena_path(label))
+            return self._arenas[-1]
         return f"{await self._shards[host].open_store.remote()}/{label}"
 
     async def _measure(self, num_blocks: int) -> StepCosts | None:
@@ -179,10 +189,7 @@ def _max_model_len(spec: DeploymentSpec, models: Models) -> int:
 
 def _check_memory(spec: DeploymentSpec, models: Models, infos: dict[ShardId, ShardInfo]) -> None:
     """Refuse weights that can't fit, before they are read: per node on CPUs, per GPU else."""
-    places: dict[object, list[ShardId]] = {}
-    for key, info in infos.items():
-        places.setdefault(info.key, []).append(key)
-    for keys in places.values():
+    for keys in _by_place(infos):
         needed = sum(models.weight_bytes(role, spec.dtype) / spec.tp(role) for role, _ in keys)
         free = min(infos[key].free_bytes for key in keys)
         if needed > free:
@@ -193,6 +200,14 @@ def _check_memory(spec: DeploymentSpec, models: Models, infos: dict[ShardId, Sha
             )
 
 
+def _by_place(infos: dict[ShardId, ShardInfo]) -> list[list[ShardId]]:
+    """The shards that share memory: those on one GPU, or on the CPUs of one node."""
+    places: dict[DeviceKey, list[ShardId]] = {}
+    for key, info in infos.items():
+        places.setdefault(info.key, []).append(key)
+    return list(places.values())
+
+
 def _num_blocks(
     spec: DeploymentSpec,
     infos: dict[ShardId, ShardInfo],
@@ -200,24 +215,19 @@ def _num_blocks(
     max_model_len: int,
 ) -> int:
     """Blocks per model: what is asked for, or what fits, but no more than the batch can ever use."""
-    useful = -(-max_model_len // spec.block_size) * spec.max_num_seqs
-    least = -(-max_model_len // spec.block_size)
-    fits = useful
-    for node in {info.key.node for info in infos.values()}:
-        here = [key for key, info in infos.items() if info.key.node == node and info.device == "cpu"]
-        if here:
-            budget = min(int(CPU_CACHE_SHARE * min(footprints[key].free_bytes for key in here)), CPU_CACHE_LIMIT)
-            fits = min(fits, budget // sum(footprints[key].bytes_per_block for key in here))
-    for key, info in infos.items():
-        if info.device != "cpu":
-            fits = min(fits, footprints[key].free_bytes // footprints[key].bytes_per_block)
     if spec.kv_cache_blocks is not None:
-        fits, least = spec.kv_cache_blocks, 0
-    if fits < least:
-        per_block = sum(footprint.bytes_per_block for footprint in footprints.values())
-        free = min(footprint.free_bytes for footprint in footprints.values())
-        raise OutOfMemoryError(
-            f"a KV cache for max_model_len={max_model_len} needs {least * per_block / 2**20:.0f} MiB and "
-            f"{free / 2**20:.0f} MiB are free; lower max_model_len to {max(fits, 0) * spec.block_size} or less"
-        )
+        return spec.kv_cache_blocks
+    least = -(-max_model_len // spec.block_size)
+    fits = least * spec.max_num_seqs
+    for keys in _by_place(infos):
+        free = min(footprints[key].free_bytes for key in keys)
+        budget = min(int(CPU_CACHE_SHARE * free), CPU_CACHE_LIMIT) if infos[keys[0]].device == "cpu" else free
+        per_block = sum(footprints[key].bytes_per_block for key in keys)
+        fits = min(fits, max(budget, 0) // per_block)
+        if fits < least:
+            raise OutOfMemoryError(
+                f"a KV cache for max_model_len={max_model_len} needs {least * per_block / 2**20:.0f} MiB on "
+                f"{infos[keys[0]].device} of node {infos[keys[0]].ip} and {max(budget, 0) / 2**20:.0f} MiB are there "
+                f"for it; lower max_model_len to {fits * spec.block_size} or less"
+            )
     return fits

@@ -14,7 +14,7 @@ from pearl_ray.core.errors import PearlError
 from pearl_ray.core.outputs import RequestOutput
 from pearl_ray.core.requests import Request, Update
 
-SILENCE_S = 60.0  # a client that hasn't asked for this long is gone
+SILENCE_S = 30.0  # a client that hasn't asked for this long is gone
 
 
 @dataclass(slots=True)

@@ -72,6 +72,15 @@ class CoordinatorActor:
 
     async def start(self) -> None:
         """Bring the shards up. Raises what made it impossible; the deployment is then to be removed."""
+        try:
+            await self._start()
+        except BaseException:
+            if self._bring_up is not None:
+                self._bring_up.discard()
+            self._close()
+            raise
+
+    async def _start(self) -> None:
         spec = self._spec
         models = await asyncio.to_thread(
             open_models, spec.target_model, spec.draft_model, spec.cache_dir, with_draft="draft" in spec.roles

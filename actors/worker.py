@@ -90,8 +90,10 @@ class ShardWorker(ABC):
         return store.address
 
     def _free_bytes(self) -> int:
+        """What this shard's device has left to use, all shards on it together."""
         if self._device.type == "cuda":
-            return torch.cuda.mem_get_info(self._device)[0]
+            free, total = torch.cuda.mem_get_info(self._device)
+            return int(free - (1 - self.spec.gpu_memory_utilization) * total)
         return psutil.virtual_memory().available
 
     def load(self, wiring: GroupWiring) -> ShardFootprint:

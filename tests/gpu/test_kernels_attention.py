@@ -72,8 +72,9 @@ def test_sequences_of_all_lengths_share_a_launch_with_any_number_of_splits(split
     # Few programs exist at a time under the interpreter, whose scratch is small.
     splits = min(splits, 2) if INTERPRETING else splits
     if INTERPRETING:
-        case, plan = PagedCase(sequences[:2], PLAIN, width=64, block_size=16, dtype=DTYPES[-1]), dataclasses.replace(
-            plan, splits=splits
+        case, plan = (
+            PagedCase(sequences[:2], PLAIN, width=64, block_size=16, dtype=DTYPES[-1]),
+            dataclasses.replace(plan, splits=splits),
         )
     assert relative_error(run(case, plan), case.expected()) < LIMIT[DTYPES[-1]]
 

@@ -1,0 +1,116 @@
+"""KV store, norm, rotary, activation and the small linear maps against float32, with poisoned outputs and odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from pearl_ray.kernels import linear as linear_kernels
+from pearl_ray.kernels.activation import silu_mul, silu_mul_reference
+from pearl_ray.kernels.kv_store import store_kv, store_kv_reference
+from pearl_ray.kernels.linear import DOTS, PRODUCTS, Choice, LinearChoices, linear
+from pearl_ray.kernels.norm import rms_norm, rms_norm_reference
+from pearl_ray.kernels.rotary import turn_and_store, turn_and_store_reference
+from tests.kernel_checks import CAN_RUN, DEVICE, INTERPRETING, REASON, fresh, poisoned, relative_error
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason=REASON)]
+
+DTYPE = torch.float16 if INTERPRETING else torch.bfloat16
+LIMIT = 2e-3 if INTERPRETING else 1e-2
+
+
+@pytest.fixture(autouse=True)
+def _poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the wrappers allocate comes full of NaN."""
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.full(shape, float("nan") if dtype.is_floating_point else 77, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def same_where_written(out: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.equal(out.nan_to_num(7e3), expected.nan_to_num(7e3))
+
+
+@pytest.mark.parametrize(("num_kv", "width"), [(1, 64), (3, 80), (8, 128)])
+def test_keys_and_values_land_in_their_slots_and_minus_one_writes_nothing(num_kv: int, width: int) -> None:
+    joint = fresh(11, 5 * num_kv, width, dtype=DTYPE)
+    k, v = joint[:, :num_kv], joint[:, num_kv : 2 * num_kv]
+    slots = torch.randperm(7 * 16, device=DEVICE)[:11]
+    slots[3] = slots[10] = -1
+    caches = poisoned((4, 7, 16, num_kv, width), DTYPE)
+    store_kv(k, v, caches[0], caches[1], slots)
+    store_kv_reference(k, v, caches[2], caches[3], slots)
+    assert same_where_written(caches[:2], caches[2:])
+    assert int((~caches[0].isnan()).sum()) == 9 * num_kv * width
+
+
+@pytest.mark.parametrize("width", [64, 576, 1000] if INTERPRETING else [64, 576, 1000, 5120, 8192])
+def test_rms_norm_with_and_without_the_residual(width: int) -> None:
+    x, weight = fresh(5, width, dtype=DTYPE), fresh(width, dtype=DTYPE)
+    assert relative_error(rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5)) < LIMIT
+    wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5) * weight.float()
+    assert relative_error(rms_norm(x, weight, 1e-5), wide) < LIMIT
+    residual = fresh(5, width, dtype=DTYPE, scale=3.0)
+    expected_residual = residual.clone()
+    expected = rms_norm_reference(x, weight, 1e-5, expected_residual)
+    assert relative_error(rms_norm(x, weight, 1e-5, residual), expected) < LIMIT
+    assert torch.equal(residual, expected_residual)
+
+
+@pytest.mark.parametrize("width", [6, 1536, 2050])
+def test_silu_times_up(width: int) -> None:
+    joint = fresh(7, 2 * width, dtype=DTYPE, scale=4.0)
+    assert relative_error(silu_mul(joint), silu_mul_reference(joint)) < LIMIT
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("width", [64, 80, 128])
+def test_queries_and_keys_are_turned_and_stored(width: int, by_position: bool, has_norm: bool) -> None:
+    num_tokens, num_q, num_kv = 6, 6, 2
+    qkv = fresh(num_tokens, (num_q + 2 * num_kv) * width, dtype=DTYPE)
+    positions = torch.randint(0, 50, (num_tokens,), device=DEVICE)
+    angles = torch.arange(50, device=DEVICE)[:, None] * (0.3 ** torch.arange(width // 2, device=DEVICE))
+    cos, sin = torch.cat((angles.cos(),) * 2, -1).to(DTYPE), torch.cat((-angles.sin(), angles.sin()), -1).to(DTYPE)
+    keywords = {"num_q": num_q, "norm_weight": fresh(num_q + num_kv, width, dtype=DTYPE) if has_norm else None}
+    keywords |= {"eps": 1e-6, "positions_T": positions if by_position else None}
+    if not by_position:
+        cos, sin = cos[positions][:, None], sin[positions][:, None]
+    slots = torch.randperm(5 * 16, device=DEVICE)[:num_tokens]
+    slots[2] = -1
+    caches = poisoned((4, 5, 16, num_kv, width), DTYPE)
+    q = turn_and_store(qkv, cos, sin, caches[0], caches[1], slots, **keywords)
+    expected = turn_and_store_reference(qkv, cos, sin, caches[2], caches[3], slots, **keywords)
+    assert relative_error(q, expected) < LIMIT
+    assert torch.equal(caches[0].isnan(), caches[2].isnan())
+    assert relative_error(caches[0].nan_to_num(), caches[2].nan_to_num()) < LIMIT
+    assert same_where_written(caches[1], caches[3])
+
+
+@pytest.mark.parametrize("choice", [*PRODUCTS, *DOTS], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 4, 13])
+def test_a_small_linear_map_is_right_for_odd_sizes(rows: int, choice: Choice) -> None:
+    if choice.kind == "products" and rows > 4:
+        pytest.skip("products take up to 4 rows")
+    for outputs, inputs, has_bias in ((129, 1024, False), (67, 600, True)):
+        x, weight = fresh(rows, inputs, dtype=DTYPE), fresh(outputs, inputs, dtype=DTYPE, scale=inputs**-0.5)
+        bias = fresh(outputs, dtype=DTYPE) if has_bias else None
+        expected = x.float() @ weight.float().T + (bias.float() if bias is not None else 0.0)
+        assert relative_error(linear(x, weight, bias, choice), expected) < LIMIT
+
+
+def test_more_rows_than_the_kernels_take_go_to_the_library() -> None:
+    assert linear_kernels.candidates(17) == (linear_kernels.TORCH,)
+    assert LinearChoices().of(fresh(8, 8, dtype=DTYPE), 17) == linear_kernels.TORCH
+
+
+@pytest.mark.skipif(INTERPRETING, reason="times kernels")
+def test_the_measured_choice_is_made_once_per_shape_and_row_bucket() -> None:
+    choices, weight = LinearChoices(), fresh(1024, 1024, dtype=DTYPE)
+    first = choices.of(weight, 3)
+    assert choices.of(weight.clone(), 4) is first and len(choices.chosen) == 1
+    assert first in linear_kernels.candidates(4)

@@ -1,0 +1,194 @@
+"""A coordinator without models for the server's tests: one character per token, an answer that is known beforehand."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pearl_ray.actors.clients import Batch
+from pearl_ray.core.errors import PearlError, QueueFullError
+from pearl_ray.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from pearl_ray.core.params import SamplingParams
+from pearl_ray.core.requests import Update
+from pearl_ray.serving.backend import Model
+from pearl_ray.serving.server import HttpServer, bind
+from pearl_ray.serving.settings import ServerSettings
+
+ANSWER = "The quick brown fox jumps over the lazy dog. "
+VOCAB_SIZE = 0x3000
+MAX_MODEL_LEN = 2000
+ROUND = (1, 3, 2)  # tokens of successive rounds
+
+
+class FakeTokenizer:
+    """Ids are code points; 0 is the end of sequence."""
+
+    vocab_size = VOCAB_SIZE
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return ([1] if add_special_tokens else []) + [ord(c) for c in text if ord(c) < VOCAB_SIZE]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(t) for t in token_ids if t > 1 or not skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_args: Any,
+    ) -> str:
+        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
+        return text + template_args.get("suffix", "") + ("assistant:" if add_generation_prompt else "")
+
+
+class FakeEngine:
+    """Answers every request with `ANSWER` repeated, in rounds of 1, 3, 2, 1, … tokens.
+
+    Attributes:
+        delay_s: between rounds.
+        room: requests that may run; more raise ``QueueFullError``.
+        running, aborted: request ids.
+        submitted: the parameters of all requests.
+        state: what status() says.
+    """
+
+    def __init__(self, delay_s: float = 0.0, room: int = 1000) -> None:
+        self.delay_s, self.room = delay_s, room
+        self.running: dict[str, asyncio.Task[None]] = {}
+        self.aborted: list[str] = []
+        self.submitted: list[tuple[list[int], SamplingParams]] = []
+        self.clients: set[str] = set()
+        self.state: dict[str, Any] = {"state": "ready", "error": None}
+        self.failure: PearlError | None = None
+        self._batch, self._arrived = Batch(), asyncio.Event()
+
+    async def submit(
+        self, client_id: str, prompts: Sequence[list[int]], params: Sequence[SamplingParams], request_ids: Sequence[str]
+    ) -> None:
+        if len(self.running) + len(prompts) > self.room:
+            raise QueueFullError("1 sequences wait and max_waiting_requests is 1; retry later")
+        self.clients.add(client_id)
+        for request_id, prompt, param in zip(request_ids, prompts, params, strict=True):
+            self.submitted.append((prompt, param))
+            self.running[request_id] = asyncio.create_task(self._generate(request_id, prompt, param))
+
+    async def _generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
+        limit = params.max_tokens or 100_000
+        text = (ANSWER * (limit // len(ANSWER) + 1))[:limit]
+        for stop in params.stop:
+            text = text.split(stop)[0]
+        reason = "length" if len(text) == limit else "stop"
+        sizes, at = itertools.cycle(ROUND), 0
+        while at < len(text):
+            part = text[at : at + next(sizes)]
+            at += len(part)
+            for index in range(params.n):
+                self._put(request_id, index, part, params, reason if at == len(text) else None)
+            await asyncio.sleep(self.delay_s)
+        outputs = [_answer(index, text, params, reason) for index in range(params.n)]
+        self._finish(request_id, prompt, outputs)
+
+    def _put(self, request_id: str, index: int, text: str, params: SamplingParams, reason: Any) -> None:
+        ids, origins = tuple(map(ord, text)), ("pre_verify",) * len(text)
+        logprobs = _logprobs(text, params)
+        stop = params.stop[0] if reason == "stop" else None
+        self._batch.updates.append(Update(request_id, index, ids, origins, text, reason, stop, logprobs))
+        self._arrived.set()
+
+    def _finish(self, request_id: str, prompt: list[int], outputs: list[CompletionOutput]) -> None:
+        self.running.pop(request_id, None)
+        metrics = RequestMetrics(num_target_forwards=4, tokens_per_target_forward=2.5, rounds={"pre_verify": 4})
+        self._batch.finished.append(
+            RequestOutput(
+                request_id=request_id,
+                prompt=None,
+                prompt_token_ids=prompt,
+                outputs=outputs,
+                finished=True,
+                metrics=metrics,
+                seed=7,
+            )
+        )
+        self._arrived.set()
+
+    async def next_batch(self, client_id: str, timeout_s: float) -> Batch:
+        try:
+            await asyncio.wait_for(self._arrived.wait(), min(timeout_s, 0.5))
+        except TimeoutError:
+            pass
+        if self.failure is not None:
+            raise self.failure
+        self._arrived.clear()
+        batch, self._batch = self._batch, Batch()
+        return batch
+
+    async def abort(self, request_id: str) -> None:
+        task = self.running.pop(request_id, None)
+        if task is not None:
+            task.cancel()
+            self.aborted.append(request_id)
+
+    def fail(self, error: PearlError) -> None:
+        """The coordinator dies."""
+        self.failure = error
+
+    async def stats(self) -> Mapping[str, Any]:
+        return {
+            "num_requests_running": len(self.running),
+            "num_requests_waiting": 0,
+            "kv_cache_usage_perc": {"target": 0.25, "draft": 0.5},
+            "prompt_tokens_total": sum(len(prompt) for prompt, _ in self.submitted),
+            "generation_tokens_total": 10,
+            "request_success_total": {"stop": 2, "length": 1},
+            "spec_decode_num_accepted_tokens_per_pos_total": {0: 5, 1: 3},
+            "phase_sequences": {"pre_verify": 1, "post_verify": 0},
+            "round_seconds": {"target": {"sum": 1.5, "count": 30}},
+            "recoveries_total": {"draft": 0},
+            "unknown_to_the_server": 3,
+        }
+
+    async def status(self) -> Mapping[str, Any]:
+        return self.state
+
+
+def _answer(index: int, text: str, params: SamplingParams, reason: Any) -> CompletionOutput:
+    return CompletionOutput(
+        index=index,
+        text=text,
+        token_ids=list(map(ord, text)),
+        logprobs=_logprobs(text, params),
+        finish_reason=reason,
+        stop_reason=params.stop[0] if reason == "stop" else None,
+        origins=["pre_verify"] * len(text),
+    )
+
+
+def _logprobs(text: str, params: SamplingParams) -> list[dict[int, Logprob]] | None:
+    """The chosen character is the likeliest; the digits follow it."""
+    if params.logprobs is None:
+        return None
+    others = {ord("0") + i: Logprob(-2.0 - i, i + 2, str(i)) for i in range(params.logprobs - 1)}
+    return [{ord(c): Logprob(-0.5, 1, c), **others} for c in text]
+
+
+def wait_until(condition: Any, timeout_s: float = 5.0) -> None:
+    """Poll, from another thread than the server's."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.01)
+
+
+@contextmanager
+def serving(engine: FakeEngine | None = None, **settings: Any) -> Iterator[HttpServer]:
+    """A server on a free port over a fake engine; ``engine`` None: one that is still loading."""
+    with HttpServer(ServerSettings(**{"version": "1.2.3", **settings}), bind("127.0.0.1", 0)) as server:
+        if engine is not None:
+            server.attach(engine, Model(FakeTokenizer(), MAX_MODEL_LEN))
+        yield server

@@ -1,0 +1,322 @@
+"""The API over a fake engine: the official client's view of it, and every error in OpenAI's form."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from pearl_ray.serving.unsupported import NOT_HONOURED
+from tests.serving_fakes import ANSWER, FakeEngine, serving
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
+FOX = {"include_speculation": True}
+
+
+@pytest.fixture(scope="module")
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture(scope="module")
+def url(engine: FakeEngine) -> Iterator[str]:
+    with serving(engine, served_model_names=("tiny", "alias")) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+# -- the official client ------------------------------------------------------------------------------------------------
+
+
+def test_chat_answers_with_text_and_usage(client: openai.OpenAI, engine: FakeEngine) -> None:
+    got = client.chat.completions.create(model="tiny", messages=MESSAGES, max_completion_tokens=9)
+    assert got.choices[0].message.content == ANSWER[:9] and got.choices[0].finish_reason == "length"
+    assert got.object == "chat.completion" and got.model == "tiny" and got.id.startswith("chatcmpl-")
+    prompt, params = engine.submitted[-1]
+    assert "".join(map(chr, prompt)) == "user: Hi\nassistant:" and params.max_tokens == 9
+    assert (got.usage.prompt_tokens, got.usage.completion_tokens, got.usage.total_tokens) == (
+        len(prompt),
+        9,
+        9 + len(prompt),
+    )
+    assert "speculation" not in got.usage.model_extra
+
+
+def test_chat_streams_one_chunk_per_round_with_role_first_and_usage_last(client: openai.OpenAI) -> None:
+    options = {"include_usage": True}
+    chunks = list(
+        client.chat.completions.create(
+            model="alias", messages=MESSAGES, max_tokens=10, stream=True, stream_options=options
+        )
+    )
+    *parts, last = chunks
+    assert [c.choices[0].delta.content for c in parts] == ["T", "he ", "qu", "i", "ck "]
+    assert parts[0].choices[0].delta.role == "assistant" and parts[1].choices[0].delta.role is None
+    assert [c.choices[0].finish_reason for c in parts] == [None] * (len(parts) - 1) + ["length"]
+    assert last.choices == [] and last.usage.completion_tokens == 10 and len({c.id for c in chunks}) == 1
+
+
+def test_several_answers_are_kept_apart(client: openai.OpenAI) -> None:
+    got = client.chat.completions.create(model="tiny", messages=MESSAGES, n=3, max_tokens=5)
+    assert [(c.index, c.message.content) for c in got.choices] == [(i, ANSWER[:5]) for i in range(3)]
+    texts = ["", "", ""]
+    for chunk in client.chat.completions.create(model="tiny", messages=MESSAGES, n=3, max_tokens=5, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == [ANSWER[:5]] * 3
+
+
+def test_several_prompts_get_their_choices_in_order(client: openai.OpenAI, engine: FakeEngine) -> None:
+    got = client.completions.create(model="tiny", prompt=["a", "bc"], n=2, max_tokens=4)
+    assert [c.index for c in got.choices] == [0, 1, 2, 3] and got.usage.prompt_tokens == 2 + 3
+    texts: dict[int, str] = {}
+    for chunk in client.completions.create(model="tiny", prompt=[[65], [66, 67]], n=2, max_tokens=4, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+    assert texts == dict.fromkeys(range(4), ANSWER[:4])
+    assert [prompt for prompt, _ in engine.submitted[-2:]] == [[65], [66, 67]]
+
+
+def test_a_stop_string_ends_the_answer_and_is_named(client: openai.OpenAI) -> None:
+    got = client.completions.create(model="tiny", prompt="x", max_tokens=40, stop=["brown"])
+    assert got.choices[0].text == "The quick " and got.choices[0].finish_reason == "stop"
+    assert got.choices[0].model_extra["stop_reason"] == "brown"
+
+
+def test_the_fields_of_the_engine_reach_it(client: openai.OpenAI, engine: FakeEngine) -> None:
+    extra = {
+        "top_k": 5,
+        "min_p": 0.1,
+        "ignore_eos": True,
+        "min_tokens": 2,
+        "repetition_penalty": 1.5,
+        "stop_token_ids": [9],
+        "verification": "rejection",
+        "draft_temperature": 0.5,
+    }
+    client.completions.create(
+        model="tiny",
+        prompt="x",
+        max_tokens=3,
+        temperature=0.5,
+        top_p=0.9,
+        seed=11,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        logit_bias={"65": -100},
+        extra_body=extra,
+    )
+    params = engine.submitted[-1][1]
+    for name, value in extra.items():
+        assert getattr(params, name) in (value, tuple(value) if isinstance(value, list) else value), name
+    assert (params.temperature, params.top_p, params.seed, params.max_tokens) == (0.5, 0.9, 11, 3)
+    assert (params.presence_penalty, params.frequency_penalty, params.logit_bias) == (1, -1, {65: -100.0})
+
+
+def test_null_is_the_default_of_a_field(url: str, engine: FakeEngine) -> None:
+    names = ("temperature", "top_p", "n", "stop", "seed", "logit_bias", "stream", "user", "tools", "top_k", "logprobs")
+    body = {"messages": MESSAGES, "max_tokens": 2, **dict.fromkeys(names)}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+    assert engine.submitted[-1][1].temperature == 1.0 and engine.submitted[-1][1].n == 1
+
+
+def test_logprobs_come_as_each_api_writes_them(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=2)
+    content = chat.choices[0].logprobs.content
+    assert [entry.token for entry in content] == list("The") and content[0].bytes == [84]
+    assert [(top.token, top.logprob) for top in content[1].top_logprobs] == [("h", -0.5), ("0", -2.0)]
+    text = client.completions.create(model="tiny", prompt="x", max_tokens=3, logprobs=2).choices[0].logprobs
+    assert text.tokens == list("The") and text.token_logprobs == [-0.5] * 3 and text.text_offset == [0, 1, 2]
+    assert text.top_logprobs[0] == {"T": -0.5, "0": -2.0}
+    offsets = []
+    for chunk in client.completions.create(model="tiny", prompt="x", max_tokens=6, logprobs=1, stream=True):
+        offsets += chunk.choices[0].logprobs.text_offset
+    assert offsets == list(range(6))
+
+
+def test_speculation_is_told_when_asked_for(client: openai.OpenAI) -> None:
+    got = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=6, extra_body=FOX)
+    spec = got.usage.model_extra["speculation"]
+    assert spec["tokens_per_target_forward"] == 2.5 and spec["rounds"] == {"pre_verify": 4} and spec["seeds"] == [7]
+    pearl = got.choices[0].model_extra["pearl"]
+    assert pearl["texts"] == list(ANSWER[:6]) and pearl["origins"] == ["pre_verify"] * 6
+    texts: list[str] = []
+    for chunk in client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=6, stream=True, extra_body=FOX
+    ):
+        texts += chunk.choices[0].model_extra["pearl"]["texts"]
+    assert texts == list(ANSWER[:6])
+
+
+def test_the_async_client_runs_many_at_once_without_mixing_them(url: str) -> None:
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+
+            async def one(size: int) -> str:
+                stream = await client.completions.create(model="tiny", prompt="x", max_tokens=size, stream=True)
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*(one(size) for size in range(1, 40)))
+
+    assert asyncio.run(ask()) == [ANSWER[:size] for size in range(1, 40)]
+
+
+def test_models_are_listed_and_looked_up(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "alias"]
+    assert client.models.retrieve("alias").model_extra["max_model_len"] == 2000
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.models.retrieve("gpt-9/x")
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-9", messages=MESSAGES)
+    assert caught.value.code == "model_not_found" and caught.value.param == "model"
+
+
+def test_tokenize_and_detokenize_are_inverse(url: str) -> None:
+    ids = httpx.post(f"{url}/tokenize", json={"prompt": "héllo", "return_token_strs": True}).json()
+    assert ids["tokens"] == [1, *map(ord, "héllo")] and ids["count"] == 6 and ids["max_model_len"] == 2000
+    assert ids["token_strs"][1:] == list("héllo")
+    assert httpx.post(f"{url}/detokenize", json={"tokens": ids["tokens"][1:]}).json() == {"prompt": "héllo"}
+    chat = httpx.post(f"{url}/tokenize", json={"messages": MESSAGES, "chat_template_kwargs": {"suffix": "!"}}).json()
+    assert "".join(map(chr, chat["tokens"])) == "user: Hi\n!assistant:"
+    assert httpx.get(f"{url}/version").json() == {"version": "1.2.3"}
+
+
+def test_parts_of_text_are_joined_and_developer_is_the_system(url: str, engine: FakeEngine) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": "Be."}, {"role": "user", "content": parts}]
+    assert httpx.post(f"{url}/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).status_code == 200
+    assert "".join(map(chr, engine.submitted[-1][0])) == "system: Be.\nuser: ab\nassistant:"
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------------
+
+CHAT = {"messages": MESSAGES, "max_tokens": 2}
+TEXT = {"prompt": "x", "max_tokens": 2}
+
+BAD: list[tuple[str, Any, str | None, str]] = [
+    ("chat/completions", {**CHAT, "tempature": 1}, "tempature", "unrecognized request field: tempature"),
+    (
+        "chat/completions",
+        {**CHAT, "messages": [{"role": "user", "content": "x", "mood": 1}]},
+        "messages.0.mood",
+        "mood",
+    ),
+    ("chat/completions", {"max_tokens": 2}, "messages", "Field required"),
+    ("chat/completions", {**CHAT, "messages": []}, "messages", "at least 1"),
+    ("chat/completions", {**CHAT, "messages": [{"role": "boss", "content": "x"}]}, "messages.0.role", "'assistant'"),
+    ("chat/completions", {**CHAT, "temperature": -1}, "temperature", "greater than or equal to 0"),
+    ("chat/completions", {**CHAT, "temperature": "1"}, "temperature", "valid number"),
+    ("chat/completions", {**CHAT, "n": 65}, "n", "less than or equal to 64"),
+    ("chat/completions", {**CHAT, "max_completion_tokens": 3}, "max_tokens", "send one"),
+    ("chat/completions", {**CHAT, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+    ("chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
+    ("chat/completions", {**CHAT, "chat_template_kwargs": {"tokenize": 1}}, "chat_template_kwargs", "'tokenize'"),
+    ("completions", {"max_tokens": 2}, "prompt", "Field required"),
+    ("completions", {**TEXT, "prompt": []}, "prompt", "empty"),
+    ("completions", {**TEXT, "prompt": [[]]}, "prompt", "empty"),
+    ("completions", {**TEXT, "prompt": [1, "a"]}, "prompt.1", "prompt"),
+    ("completions", {**TEXT, "prompt": [0x3000]}, "prompt", "outside the vocabulary of 12288"),
+    ("completions", {**TEXT, "prompt": [-1]}, "prompt.0", "prompt"),
+    ("completions", {**TEXT, "prompt": "x" * 2000}, "prompt", "2001 tokens"),
+    ("completions", {**TEXT, "prompt": ["x"] * 257}, "prompt", "more than 256 answers"),
+    ("completions", {**TEXT, "logit_bias": {"70000": 1}}, "logit_bias", "token 70000 is outside"),
+    ("completions", {**TEXT, "logit_bias": {"x": 1}}, "logit_bias", "token id"),
+    ("completions", {**TEXT, "logit_bias": {"5": 101}}, "logit_bias", "[-100, 100]"),
+    ("completions", {**TEXT, "stop_token_ids": [70000]}, "stop_token_ids", "token 70000"),
+    ("completions", {**TEXT, "stop": ["a"] * 17}, "stop", "at most 16"),
+    ("completions", {**TEXT, "stop": ""}, "stop", "at least 1"),
+    ("completions", {**TEXT, "min_tokens": 3}, "min_tokens", "min_tokens=3"),
+    ("completions", {**TEXT, "logprobs": 21}, "logprobs", "less than or equal to 20"),
+    ("completions", {**TEXT, "\ud800": 1}, "\ud800", "unrecognized"),
+    ("completions", [], None, "valid dictionary"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param", "message"), BAD)
+def test_a_bad_field_is_refused_with_its_name(url: str, path: str, body: Any, param: str | None, message: str) -> None:
+    response = httpx.post(f"{url}/v1/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert message in error["message"] and error["param"] == param, error
+
+
+ASKING: dict[str, dict[str, Any]] = {
+    "chat": {
+        "response_format": {"type": "json_object"},
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "tool_choice": "auto",
+        "parallel_tool_calls": None,
+        "store": True,
+        "service_tier": "flex",
+        "modalities": ["audio"],
+    },
+    "completion": {"echo": True, "suffix": "x", "best_of": 3},
+    "message": {
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+        "tool_call_id": "1",
+    },
+}
+
+
+def test_the_table_of_what_is_not_honoured_is_what_is_refused(url: str) -> None:
+    assert all(set(NOT_HONOURED[kind]) <= set(ASKING[kind]) for kind in NOT_HONOURED)
+    for kind, table in NOT_HONOURED.items():
+        path = "completions" if kind == "completion" else "chat/completions"
+        for name, neutral in table.items():
+            cases = [(value, 200) for value in (None, *neutral)]
+            if ASKING[kind][name] is not None:
+                cases.append((ASKING[kind][name], 400))
+            for value, status in cases:
+                body = {**(TEXT if kind == "completion" else CHAT)}
+                if kind == "message":
+                    body["messages"] = [{"role": "assistant", "content": "x", name: value}]
+                else:
+                    body[name] = value
+                response = httpx.post(f"{url}/v1/{path}", json=body)
+                assert response.status_code == status, (name, value, response.text)
+                if status == 400:
+                    error = response.json()["error"]
+                    assert error["param"].endswith(name) and error["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        ("POST", "/v1/completions", b"{", 400),
+        ("POST", "/v1/completions", b"\xff\xfe{}", 400),
+        ("POST", "/v1/completions", b"[" * 100_000, 400),
+        ("POST", "/v1/completions", b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", 400),
+        ("POST", "/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400),
+        ("POST", "/v1/completions", b"", 400),
+        ("GET", "/v1/completions", b"", 405),
+        ("GET", "/nowhere", b"", 404),
+        ("GET", "/health/", b"", 404),
+        ("POST", "/detokenize", b'{"tokens": [70000]}', 400),
+        ("POST", "/tokenize", b"{}", 400),
+        ("POST", "/tokenize", b'{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}', 400),
+    ],
+)
+def test_every_error_has_openais_form(url: str, method: str, path: str, content: bytes, status: int) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = httpx.request(method, f"{url}{path}", content=content, headers=headers)
+    assert response.status_code == status, response.text
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_document_of_the_api_says_400_and_not_422_and_names_no_undocumented_field(url: str) -> None:
+    document = httpx.get(f"{url}/openapi.json").json()
+    assert "/v1/chat/completions" in document["paths"]
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            assert "422" not in operation["responses"]
+    assert document["components"]["schemas"]["ChatCompletionRequest"]["additionalProperties"] is False
