@@ -20,6 +20,9 @@ DEV = [
     "ruff>=0.8",
     "mypy>=1.11",
     "scipy>=1.11",
+    "httpx>=0.27",
+    "openai>=1.40",
+    "jsonschema>=4.20",
 ]
 
 setup(

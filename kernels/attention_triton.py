@@ -161,7 +161,9 @@ class TritonAttention:
         assert q_THD.stride(2) == 1 and out_THD.stride(2) == 1 and k_cache.stride() == v_cache.stride()
         assert k_cache.stride(3) == 1 and k_cache.shape[1] == metadata.block_size
         if head_dim not in HEAD_DIMS:
-            raise ConfigError("attention_backend", "triton", f"head widths are {HEAD_DIMS}, not {head_dim}; use 'torch'")
+            raise ConfigError(
+                "attention_backend", "triton", f"head widths are {HEAD_DIMS}, not {head_dim}; use 'torch'"
+            )
         plan = plan or make_plan(metadata, num_kv, head_dim, num_multiprocessors(q_THD.device))
         num_seqs, dim = len(metadata.context_lens_S), triton.next_power_of_2(head_dim)
         partial, partial_top, counters = self._scratch_for(q_THD.device)

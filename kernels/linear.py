@@ -142,9 +142,7 @@ def candidates(num_rows: int) -> tuple[Choice, ...]:
     return (TORCH, *(PRODUCTS if num_rows <= _MAX_ROWS_OF_PRODUCTS else ()), *DOTS)
 
 
-def linear(
-    x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, choice: Choice
-) -> torch.Tensor:
+def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, choice: Choice) -> torch.Tensor:
     """``x @ weight.T + bias``, ``[M, N]``, summed in float32 and rounded once (cuBLAS: as it does)."""
     if choice.kind == "torch":
         return F.linear(x_MK, weight_NK, bias_N)

@@ -16,7 +16,7 @@ REASON = "needs a CUDA device (or TRITON_INTERPRET=1)"
 
 
 def mend_interpreter() -> None:
-    """Lets Triton 3.6's interpreter loop to a bound that a kernel computed: numpy 2.4 refuses its ``int(array([n]))``."""
+    """Lets Triton 3.6's interpreter loop to a bound that a kernel computed: numpy 2.4 refuses ``int(array([n]))``."""
     from triton.runtime import interpreter
 
     original = interpreter._patch_lang_tensor

@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pearl_ray.actors.clients import Batch
@@ -118,10 +118,8 @@ class FakeEngine:
         self._arrived.set()
 
     async def next_batch(self, client_id: str, timeout_s: float) -> Batch:
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._arrived.wait(), min(timeout_s, 0.5))
-        except TimeoutError:
-            pass
         if self.failure is not None:
             raise self.failure
         self._arrived.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pearl_ray.core.blocks import BlockPool, Holding
 from pearl_ray.core.errors import QueueFullError, ReplicaDivergedError, RequestRefusedError
@@ -30,7 +30,7 @@ from pearl_ray.core.requests import Answer, Request, Update, make_request
 from pearl_ray.core.rng import entropy_seed, request_seed
 from pearl_ray.core.schedule import Limits, Work
 from pearl_ray.core.statistics import Statistics
-from pearl_ray.core.windows import WindowPolicy
+from pearl_ray.core.windows import Acceptance, WindowPolicy
 
 SPARE_ROUNDS = 4  # blocks are held for this many rounds ahead: what runs on until a diff arrives
 
@@ -59,6 +59,7 @@ class Running:
     target: Holding
     draft: Holding | None
     window: int
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
 
 class Controller:
@@ -212,8 +213,7 @@ class Controller:
             answer.rounds[phase.value] = answer.rounds.get(phase.value, 0) + 1
             answer.num_drafted += work.num_drafted
             answer.num_accepted += entry.num_accepted
-            if work.num_tested:
-                self.windows.observe_tests(work.num_tested, entry.num_accepted)
+            self.windows.observe(running.acceptance, work.num_tested, entry.num_accepted)
             self.statistics.count_tests(work, entry)
         for position, logprobs in enumerate(entry.prompt_logprobs, entry.prompt_start):
             answer.request.prompt_logprobs.setdefault(position, logprobs)
@@ -305,7 +305,7 @@ class Controller:
 
     def _join(self, answer: Answer) -> bool:
         tokens = answer.tokens
-        window = self._window_for(answer, self.windows.window(len(self._running) + 1))
+        window = self._window_for(answer, self.windows.first_window(len(self._running) + 1))
         wanted = min(len(tokens) + SPARE_ROUNDS * (window + 2), answer.max_total)
         holdings: list[Holding | None] = []
         found: list[list[int]] = []
@@ -357,17 +357,17 @@ class Controller:
         return True
 
     def _choose_windows(self) -> None:
-        shared = self.windows.window(len(self._running))
-        for running in self._running.values():
-            window = self._window_for(running.answer, shared)
+        chosen = self.windows.choose({seq_id: running.acceptance for seq_id, running in self._running.items()})
+        for seq_id, running in self._running.items():
+            window = self._window_for(running.answer, chosen[seq_id])
             if running.window != window:
                 running.window = window
                 self._changes.append(SetWindow(running.seq_id, window))
 
-    def _window_for(self, answer: Answer, shared: int) -> int:
-        """The request's own window, or the batch's."""
+    def _window_for(self, answer: Answer, chosen: int) -> int:
+        """The request's own window, or the one chosen for it."""
         own = answer.request.params.num_speculative_tokens
-        return shared if own is None or self.config.limits.mode == "ar" else own
+        return chosen if own is None or self.config.limits.mode == "ar" else own
 
     # -- what goes out ----------------------------------------------------------------------------------------------
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pearl_ray.core.errors import ConfigError
 
@@ -12,15 +13,56 @@ Verification = Literal["coupled", "rejection"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutputsParams:
+    """What an answer must look like, as a whole; exactly one field is set. Names are vLLM's.
+
+    Attributes:
+        json: a JSON schema, as a dict or as JSON text; kept as text. The answer is JSON that fits it.
+        json_object: the answer is a JSON object, of any shape.
+        regex: the whole answer matches it (Rust's syntax: no look-around, no back-references).
+        choice: the answer is one of these strings.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed. Whether a schema or regex can be followed is
+            found out by ``model.grammar``, when the request is submitted.
+    """
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.json_object, bool):
+            raise ConfigError("json_object", self.json_object, "True or False")
+        given = [name for name in ("json", "regex", "choice") if getattr(self, name) is not None]
+        if len(given) + self.json_object != 1:
+            found = ", ".join(given + ["json_object"] * self.json_object) or None
+            raise ConfigError("structured_outputs", found, "exactly one of json, json_object, regex and choice")
+        if self.json is not None:
+            object.__setattr__(self, "json", _as_schema_text(self.json))
+        if self.regex is not None and not (isinstance(self.regex, str) and self.regex and _is_unicode(self.regex)):
+            raise ConfigError("regex", self.regex, "a non-empty regular expression")
+        if self.choice is not None:
+            choice = tuple(self.choice) if isinstance(self.choice, (list, tuple)) else ()
+            if not choice or any(not isinstance(c, str) or not c or not _is_unicode(c) for c in choice):
+                raise ConfigError("choice", self.choice, "a list of one or more non-empty strings")
+            object.__setattr__(self, "choice", choice)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen; names and defaults are vLLM's.
 
     Applied in this order to the target's and the draft's logits alike: repetition, presence and frequency
-    penalties, ``logit_bias``, ``min_tokens`` (stop tokens masked), temperature, ``top_k``, ``top_p``, ``min_p``.
+    penalties, ``logit_bias``, ``min_tokens`` (stop tokens masked), ``structured_outputs``, temperature, ``top_k``, ``top_p``, ``min_p``.
 
     Three fields are about speculation: ``draft_temperature`` (None: the request's own), ``verification`` (None: the
     engine's), ``num_speculative_tokens`` (tokens the draft makes per round for this request; None: the engine's choice,
     0: none, the target decodes alone).
+
+    ``structured_outputs`` masks what its grammar forbids, and once all is said everything but the end of the text; it
+    comes before ``min_tokens`` where both can't be met.
 
     Raises:
         ConfigError: (a ``ValueError``) naming the field, its value and the allowed range.
@@ -46,6 +88,7 @@ class SamplingParams:
     draft_temperature: float | None = None
     verification: Verification | None = None
     num_speculative_tokens: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -82,6 +125,8 @@ class SamplingParams:
             raise ConfigError("verification", self.verification, "'coupled', 'rejection' or None (the engine's)")
         if not isinstance(self.ignore_eos, bool):
             raise ConfigError("ignore_eos", self.ignore_eos, "True or False")
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise ConfigError("structured_outputs", self.structured_outputs, "a StructuredOutputsParams, or None")
 
     @property
     def has_penalties(self) -> bool:
@@ -92,6 +137,22 @@ class SamplingParams:
     def has_filters(self) -> bool:
         """Whether top-k, top-p or min-p cut the support."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+def _as_schema_text(value: object) -> str:
+    """The schema as JSON text, checked to be a JSON object."""
+    try:
+        text = value if isinstance(value, str) else jsonlib.dumps(value, allow_nan=False)
+        if isinstance(jsonlib.loads(text), dict) and _is_unicode(text):
+            return text
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise ConfigError("json", value, "a JSON schema: an object, as a dict or as JSON text")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text has no lone surrogates, which have no bytes."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _as_bias(value: object) -> dict[int, float]:

@@ -93,10 +93,11 @@ def local_path(path_or_name: str | Path, *, offline: bool = False) -> Path:
 
 
 def _from_hub(name: str, offline: bool) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
+    # The hub's client is httpx or httpx2, by its version; its own error derives from that client's.
+    client_error: type[BaseException] = HfHubHTTPError.__bases__[0]
     try:
         return Path(
             snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, local_files_only=offline)
@@ -105,7 +106,7 @@ def _from_hub(name: str, offline: bool) -> Path:
         raise ModelLoadError(f"{name}: accept its licence first: https://huggingface.co/{name}") from error
     except RepositoryNotFoundError as error:
         raise ModelLoadError(f"{name}: no such directory here, and no such model on the Hub") from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, client_error, OSError, ValueError) as error:
         raise ModelLoadError(
             f"{name}: no such directory here, not in the Hub's local cache, and the Hub is offline or can't be reached "
             f"({type(error).__name__}); pass a directory or a .gguf file"

@@ -84,11 +84,11 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def invalid_body(errors: Sequence[Mapping[str, object]]) -> ApiError:
-    """The first of pydantic's complaints, the unknown fields before the others."""
-    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+    """One of pydantic's complaints: of an unknown field first, of a type last (a union complains of every branch)."""
+    first = min(errors, key=lambda error: (error["type"] != "extra_forbidden", str(error["type"]).endswith("_type")))
     location = first["loc"]
     assert isinstance(location, tuple)
-    path = [str(part) for part in location[1:] if part not in ("str", "list[str]", "list[int]", "list[list[int]]")]
+    path = [str(part) for part in location[1:] if not _names_a_type(part)]
     param = ".".join(path) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unrecognized request field: {param}", param=param, code="unknown_parameter")
@@ -96,6 +96,11 @@ def invalid_body(errors: Sequence[Mapping[str, object]]) -> ApiError:
         return ApiError(400, "the request body is not valid JSON", code="invalid_json")
     where = f"{param}: " if param else ""
     return ApiError(400, f"{where}{first['msg']}", param=param, code="invalid_value")
+
+
+def _names_a_type(part: object) -> bool:
+    """Whether this part of a complaint's location is pydantic's name of a union's branch, and not the user's field."""
+    return isinstance(part, str) and (part == "str" or part.startswith(("list[", "dict[", "constrained-")))
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -23,7 +23,7 @@ from pearl_ray.serving.server import HttpServer, bind
 from pearl_ray.serving.settings import ServerSettings
 
 HTTP_SERVER = "pearl-http"
-LINGER_S = 3.0  # after the coordinator's end: time for clients and probes to read why
+LINGER_S = 3.0  # after a failure of the coordinator: time for clients and probes to read why
 GONE_TIMEOUT_S = 10.0
 
 
@@ -34,6 +34,7 @@ class HttpActor:
         configure_logging(settings.log_format)
         self._server = HttpServer(settings, bind(host, port))
         self._stopped = threading.Event()
+        self._coordinator: ActorHandle[Any] | None = None
         self._server.start()
 
     def attach(self, name: str, tokenizer: Tokenizer) -> str:
@@ -41,6 +42,7 @@ class HttpActor:
         coordinator = find_coordinator(name)
         if coordinator is None:
             raise DeploymentNotFoundError(f"no deployment {name!r} on this Ray cluster")
+        self._coordinator = coordinator
         status = cast("dict[str, Any]", ray.get(coordinator.status.remote()))
         self._server.attach(RayEngine(coordinator), Model(tokenizer, status["max_model_len"]))
         return self._server.url
@@ -51,9 +53,18 @@ class HttpActor:
             if self._stopped.is_set():
                 break
         else:
-            time.sleep(LINGER_S)
+            if self._has_failed():
+                time.sleep(LINGER_S)
             self._server.stop()
         ray.kill(cast("ActorHandle[Any]", ray.get_runtime_context().current_actor))
+
+    def _has_failed(self) -> bool:
+        """Whether the coordinator ended by a failure, which somebody may ask for, and not because it was told to."""
+        assert self._coordinator is not None
+        try:
+            return cast("str", ray.get(self._coordinator.ping.remote())) == "failed"
+        except ray.exceptions.RayError:
+            return False
 
     def stop(self, drain_s: float) -> None:
         """Drain for up to ``drain_s`` seconds, then end."""

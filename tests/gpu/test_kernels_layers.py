@@ -25,7 +25,8 @@ LIMIT = 2e-3 if INTERPRETING else 1e-2
 def _poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the wrappers allocate comes full of NaN."""
 
-    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def empty(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        shape = (shape,) if isinstance(shape, int) else shape
         return torch.full(shape, float("nan") if dtype.is_floating_point else 77, dtype=dtype, device=device)
 
     monkeypatch.setattr(torch, "empty", empty)

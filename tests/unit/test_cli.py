@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,6 +95,29 @@ class FakeEngine:
             yield StreamChunk(request_id="r", index=0, text=text, token_ids=[i], origins=["target"])
 
 
+class FakeServer:
+    """The HTTP server of `serve`; its listener is a real socket on no port."""
+
+    url = "http://fake"
+
+    def __init__(self, settings: Any, listener: Any) -> None:
+        self.settings, self.listener = settings, listener
+
+    def __enter__(self) -> FakeServer:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def report(self, phase: str, done: int, total: int) -> None: ...
+
+    def begin_stop(self, drain_s: float) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def join(self) -> None: ...
+
+
 class FakeCluster:
     """A Ray with deployments by name, with the functions of `pearl_ray.deployment` and the face of a Ray session."""
 
@@ -156,6 +181,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
             name: getattr(fake, name) for name in ("deploy", "deployment_status", "stop_deployment", "list_deployments")
         },
     }
+    modules["serving.server"] = {"HttpServer": FakeServer, "bind": lambda _host, _port: socket.socket()}
+    modules["serving.http_actor"] = {"start_http_actor": lambda *_args: "http://fake"}
+    monkeypatch.setattr("pearl_ray.commands.http.attach", lambda *_args: None)
+    monkeypatch.setattr("pearl_ray.commands.http.target_tokenizer", lambda _config: FakeTokenizer())
+    monkeypatch.setattr("pearl_ray.serving.logs.configure_logging", lambda _form: None)
     for name, content in modules.items():
         module = ModuleType(f"pearl_ray.{name}")
         vars(module).update(content)
@@ -203,7 +233,9 @@ REFUSED = [
     (["generate", "hi", "--name", "gone"], ["'gone'", "pearl-ray serve --name gone"]),
     (["generate", "hi", "--name", "gone", "--target-tp", "2"], ["--target-tp", "--name gone leave it out"]),
     (["serve", "--mode", "fast"], ["--mode", "fast"]),
-    (["serve", "--port", "8000"], ["--port"]),
+    (["serve", "--port", "70000"], ["--port", "70000"]),
+    (["serve", "--api-key", "two words"], ["api_key", "not shown"]),
+    (["serve", "--api-key-file", "/nowhere"], ["--api-key-file", "/nowhere"]),
     (["serve", "--shutdown-timeout", "-1"], ["--shutdown-timeout", "-1"]),
     (["serve", "--detach", "--trace", "t.json"], ["--trace", "--detach"]),
     (["serve", "--trace", "/nowhere/t.json"], ["--trace", "no directory /nowhere"]),

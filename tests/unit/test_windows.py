@@ -1,0 +1,103 @@
+"""The choice of windows: what the formulas say, what costs do to it, and that hopeless sequences stop drafting."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pearl_ray.core.phases import Node, Round, SequenceState, transition
+from pearl_ray.core.windows import (
+    MAX_WINDOW,
+    PROBE_ROUNDS,
+    Acceptance,
+    StepCosts,
+    WindowPolicy,
+    pearl_tokens_per_forward,
+    sd_tokens_per_forward,
+)
+
+FLAT = {1: 10.0, 128: 10.0}
+COSTLY = {1: 10.0, 2: 20.0, 4: 40.0, 128: 1280.0}
+DRAFT = {1: 1.0, 128: 1.0}
+
+
+def seen(rate: float, tests: int = 80) -> Acceptance:
+    acceptance = Acceptance()
+    for i in range(tests):
+        acceptance.observe(1, int((i + 1) * rate) - int(i * rate))
+    return acceptance
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.755, 8), (0.5, 4), (0.9, 3), (0.3, 2)])
+def test_the_closed_form_is_what_the_transition_does_on_average(alpha, gamma):
+    draw = random.Random(1)
+    state = SequenceState(1, 2, 10**9, gamma, target_kv=1, draft_kv=1)
+    forwards = 40_000
+    for _ in range(forwards):
+        drafted = tuple(Node(0, i - 1) for i in range(gamma))
+        rows = len(state.pending) + 1
+        accepted = next((i for i in range(rows) if draw.random() > alpha), rows)
+        fed = state.num_committed + len(state.pending) - state.draft_kv
+        token = 0 if accepted < rows else -1
+        state, _ = transition(state, Round(rows, fed, drafted, rows, accepted, token))
+    assert (state.num_committed - 2) / forwards == pytest.approx(pearl_tokens_per_forward(alpha, gamma), rel=0.02)
+
+
+def test_the_figure_of_the_design():
+    assert pearl_tokens_per_forward(0.755, 8) == pytest.approx(2.21, abs=0.005)
+    assert pearl_tokens_per_forward(1.0, 5) == 5 and sd_tokens_per_forward(1.0, 5) == 6
+    assert pearl_tokens_per_forward(0.7, 1) == pytest.approx(1.0)
+
+
+def test_with_free_rows_the_window_is_what_fits_in_a_target_forward():
+    for draft_s, expected in ((1.0, 10), (2.0, 5), (3.3, 3)):
+        policy = WindowPolicy("pearl", None, StepCosts(FLAT, {1: draft_s}))
+        window = policy.choose({0: seen(0.9)})[0]
+        assert abs(window - expected) <= 1, (draft_s, window)
+
+
+def test_rows_that_cost_their_full_price_end_speculation():
+    policy = WindowPolicy("pearl", None, StepCosts(COSTLY, DRAFT))
+    assert policy.choose(dict.fromkeys(range(8), seen(0.5))) == dict.fromkeys(range(8), 0)
+
+
+def test_a_draft_as_slow_as_the_target_is_not_used():
+    assert WindowPolicy("pearl", None, StepCosts(FLAT, {1: 10.0})).first_window(1) == 0
+    assert WindowPolicy("sd", None, StepCosts(FLAT, {1: 10.0})).first_window(1) == 0
+
+
+def test_hopeful_sequences_keep_their_windows_where_rows_are_dear():
+    costs = StepCosts({1: 10.0, 64: 10.0, 128: 40.0, 256: 100.0}, DRAFT)
+    policy = WindowPolicy("pearl", None, costs)
+    sequences = {i: seen(0.95 if i < 8 else 0.1) for i in range(48)}
+    windows = policy.choose(sequences)
+    # 64 rows are free, 40 of them taken by the hopeless: 24 are left for 8 windows, and one more would cost
+    assert min(windows[i] for i in range(8)) == 3
+    assert max(windows[i] for i in range(8, 48)) < min(windows[i] for i in range(8))
+
+
+def test_a_sequence_without_a_window_is_probed_again():
+    policy = WindowPolicy("pearl", None, StepCosts(COSTLY, DRAFT))
+    hopeless = seen(0.05)
+    probed = 0
+    for _ in range(3 * PROBE_ROUNDS):
+        window = policy.choose({0: hopeless})[0]
+        probed += window > 0
+        policy.observe(hopeless, min(window, 1), 0)
+    assert 2 <= probed <= 3 * 8
+
+
+def test_a_fixed_window_and_ar_are_kept():
+    assert WindowPolicy("pearl", 6, None).choose({1: seen(0.1), 2: seen(0.9)}) == {1: 6, 2: 6}
+    assert WindowPolicy("ar", None, None).choose({1: seen(0.9)}) == {1: 0}
+    assert WindowPolicy("sd", 3, None).first_window(5) == 3
+
+
+def test_what_rounds_really_take_corrects_the_warm_up():
+    policy = WindowPolicy("pearl", None, StepCosts(FLAT, {1: 1.0}))
+    before = policy.first_window(1)
+    for _ in range(200):
+        policy.observe_draft(1, 4, 16.0)  # four times as slow as measured
+    assert policy.first_window(1) < before <= MAX_WINDOW
+    assert policy.current_costs().draft(1) == pytest.approx(4.0, rel=0.01)
