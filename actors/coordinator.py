@@ -30,9 +30,10 @@ from pearl_ray.core.controller import Controller, ControllerConfig
 from pearl_ray.core.errors import ConfigError, EngineDeadError, PearlError
 from pearl_ray.core.messages import DraftSummary, RoundSummary, Stop
 from pearl_ray.core.outputs import RequestOutput
-from pearl_ray.core.params import SamplingParams
+from pearl_ray.core.params import SamplingParams, StructuredOutputsParams
 from pearl_ray.core.schedule import Limits
 from pearl_ray.core.windows import WindowPolicy
+from pearl_ray.model.grammar import GrammarCompiler
 from pearl_ray.model.loading import open_models
 from pearl_ray.model.tokenizer import Tokenizer
 
@@ -57,6 +58,7 @@ class CoordinatorActor:
         self._deployment: Deployment | None = None
         self._controller: Controller | None = None
         self._tokenizer: Tokenizer | None = None
+        self._grammars: GrammarCompiler | None = None
         self._inbox: Inbox | None = None
         self._folder: str | None = None
         self._outboxes: list[Outbox] = []
@@ -239,6 +241,8 @@ class CoordinatorActor:
             EngineDeadError: the deployment has failed or is stopping.
         """
         controller = self._ready()
+        for wanted in {p.structured_outputs for p in params if p.structured_outputs is not None}:
+            await asyncio.to_thread(self._check_grammar, controller, wanted)
         encoded = [await self._encode(prompt) for prompt in prompts]
         ids = list(request_ids) if request_ids is not None else [f"req-{uuid.uuid4().hex[:16]}" for _ in prompts]
         self._ready()
@@ -336,6 +340,13 @@ class CoordinatorActor:
             return None, [int(token) for token in prompt]  # type: ignore[arg-type]
         except (TypeError, ValueError):
             raise ConfigError("prompt", prompt, "a text, a list of token ids, or a list of chat messages") from None
+
+    def _check_grammar(self, controller: Controller, wanted: StructuredOutputsParams) -> None:
+        """Compile it once, so that a bad one is refused before a shard meets it. Runs in a thread."""
+        if self._grammars is None:
+            assert self._tokenizer is not None
+            self._grammars = GrammarCompiler(self._tokenizer, controller.config.vocab_size)
+        self._grammars.check(wanted)
 
     # -- what it says of itself -------------------------------------------------------------------------------------
 

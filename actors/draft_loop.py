@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pearl_ray.actors.epochs import Epochs, Sends
+from pearl_ray.actors.grammars import Grammars
 from pearl_ray.cluster.bridge import Bridge
 from pearl_ray.core.messages import MAX_PROPOSALS, DraftSummary, Window
 from pearl_ray.core.phases import Node
@@ -24,7 +25,11 @@ from pearl_ray.model.runner import ModelRunner
 
 @dataclass(slots=True)
 class DraftLoop:
-    """The loop of one draft rank; ``coordinator`` is where the leader's summaries go, None on other ranks."""
+    """The loop of one draft rank; ``coordinator`` is where the leader's summaries go, None on other ranks.
+
+    ``grammars``: with them the draft proposes only what the target's grammar allows (host work, which on the CPU costs
+    no more than the noise); without, it proposes freely, and the target refuses.
+    """
 
     replica: Replica
     epochs: Epochs
@@ -32,6 +37,7 @@ class DraftLoop:
     bridge: Bridge
     coordinator: Sends | None
     timeout_s: float
+    grammars: Grammars | None = None
 
     def run(self) -> int:
         """Do rounds until the deployment stops; returns how many."""
@@ -46,7 +52,7 @@ class DraftLoop:
         """One round: draft, send, wait for the verdict, transition."""
         started = time.monotonic()
         checksum = self.replica.checksum()
-        scribe = _Scribe(self.replica, self.runner, plan)
+        scribe = _Scribe(self.replica, self.runner, plan, self.grammars)
         drafted = scribe.write()
         forward_s = time.monotonic() - started
         if plan.num_drafted and self.runner.group.rank == 0:
@@ -56,6 +62,8 @@ class DraftLoop:
         wait_s = time.monotonic() - finished
         pairs = list(zip(verdict.num_accepted_S.tolist(), verdict.tokens_S.tolist(), strict=True))
         self.replica.advance(plan, drafted, pairs)
+        if self.grammars is not None:
+            self.grammars.drop_absent(self.replica.sequences)
         if self.coordinator is not None:
             steps = scribe.num_steps
             self.coordinator.send(DraftSummary(number, checksum, started, finished, forward_s, wait_s, steps))
@@ -64,10 +72,11 @@ class DraftLoop:
 class _Scribe:
     """One round's drafting: step 1 feeds what the cache lacks (prefill chunks too), the others one token each."""
 
-    def __init__(self, replica: Replica, runner: ModelRunner, plan: RoundPlan) -> None:
+    def __init__(self, replica: Replica, runner: ModelRunner, plan: RoundPlan, grammars: Grammars | None) -> None:
         self._replica = replica
         self._runner = runner
         self._plan = plan
+        self._grammars = grammars
         self._made: dict[int, list[int]] = {work.seq_id: [] for work in plan.works}
         self._proposals: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {work.seq_id: [] for work in plan.works}
         self.num_steps = 0
@@ -123,7 +132,10 @@ class _Scribe:
     def _row(self, work: Work) -> Row:
         sequence = self._replica.sequences[work.seq_id]
         drafted = [node.token for node in sequence.state.pending] + self._made[work.seq_id]
-        return sequence.row(sequence.state.num_committed + len(drafted), drafted)
+        row = sequence.row(sequence.state.num_committed + len(drafted), drafted)
+        if self._grammars is None or sequence.join.params.structured_outputs is None:
+            return row
+        return self._grammars.masked_after(sequence, row, drafted)
 
     def window(self, number: int, checksum: int) -> Window:
         """What was drafted, for the bridge."""

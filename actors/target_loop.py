@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pearl_ray.actors.epochs import Epochs, Sends
+from pearl_ray.actors.grammars import Grammars
 from pearl_ray.cluster.bridge import Bridge
 from pearl_ray.core.errors import ReplicaDivergedError
 from pearl_ray.core.logprobs import token_logprobs
@@ -36,6 +37,7 @@ class TargetLoop:
         bridge: to the draft; None in AR mode.
         coordinator: where the leader's summaries go; None on other ranks.
         timeout_s: how long the draft may take for its window.
+        grammars: of the sequences that have one.
     """
 
     replica: Replica
@@ -44,6 +46,7 @@ class TargetLoop:
     bridge: Bridge | None
     coordinator: Sends | None
     timeout_s: float
+    grammars: Grammars | None = None
 
     def run(self) -> int:
         """Do rounds until the deployment stops; returns how many."""
@@ -76,6 +79,8 @@ class TargetLoop:
             self.bridge.send_verdict(VerdictMessage(number, counts, tokens))
         epoch = self.replica.epoch
         self.replica.advance(plan, drafted, verdicts)
+        if self.grammars is not None:
+            self.grammars.drop_absent(self.replica.sequences)
         if self.coordinator is not None:
             sequences = [
                 SequenceSummary(work.seq_id, [node.token for node in nodes], *verdict, *logprobs.get(work.seq_id, ()))
@@ -191,6 +196,9 @@ class TargetLoop:
         tokens = [node.token for node in window]
         first = sequence.state.target_kv + work.target_fed - work.num_rows + 1
         rows = tuple(sequence.row(first + i, tokens[:i]) for i in range(work.num_rows))
+        if sequence.join.params.structured_outputs is not None:
+            assert self.grammars is not None
+            rows = self.grammars.masked_window(sequence, rows, tokens)
         if not sequence.join.rejection or not window:
             return Segment(rows, tuple(tokens), sequence.join.rejection, None, None)
         proposals = [node.proposal for node in window]

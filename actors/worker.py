@@ -16,6 +16,7 @@ import torch
 
 from pearl_ray.actors.draft_loop import DraftLoop
 from pearl_ray.actors.epochs import Epochs, FollowerEpochs, LeaderEpochs
+from pearl_ray.actors.grammars import Grammars
 from pearl_ray.actors.spec import (
     DeploymentSpec,
     GroupWiring,
@@ -36,8 +37,10 @@ from pearl_ray.core.comm import Group
 from pearl_ray.core.replica import Replica
 from pearl_ray.core.schedule import Limits
 from pearl_ray.model.batching import Entry
-from pearl_ray.model.loading import LoadedModel, load_model
+from pearl_ray.model.grammar import GrammarCompiler
+from pearl_ray.model.loading import LoadedModel, load_model, model_path
 from pearl_ray.model.runner import ModelRunner
+from pearl_ray.model.tokenizer import load_tokenizer
 
 TARGET_ROWS = (1, 4, 16, 64)
 DRAFT_SEQUENCES = (1, 4, 16)
@@ -184,6 +187,14 @@ class ShardWorker(ABC):
         else:
             epochs = FollowerEpochs(self._inbox, self.replica)
         self._loop = self.make_loop(wiring, epochs)
+        if self.role == "target" or self._device.type == "cpu":  # a GPU's draft steps don't wait for the host
+            self._loop.grammars = Grammars(self._grammar_compiler)
+
+    def _grammar_compiler(self) -> GrammarCompiler:
+        """Made when the first request with a grammar comes: the tokenizer takes a second or two to load."""
+        assert self.runner is not None
+        path = model_path("target", self.spec.target_model, self.spec.cache_dir)
+        return GrammarCompiler(load_tokenizer(path), self.runner.num_valid)
 
     def _mailbox(self, wiring: MailboxWiring, *, writes: bool) -> Mailbox | None:
         """This shard's end: the leader writes (party 0), every rank of the other model reads (its rank + 1)."""

@@ -164,9 +164,9 @@ def _finish(
         each = tl.load(masses + at) // tl.maximum(ties, 1)
         room = tl.minimum(ties, limit - above)
         if share < 1.0:
-            left = tl.ceil((bound - mass_above.to(tl.float64)).to(tl.float32) / tl.maximum(each, 1).to(tl.float32))
+            left = tl.ceil((bound - mass_above.to(tl.float64)) / tl.maximum(each, 1).to(tl.float64))
             room = tl.minimum(room, tl.maximum(left, 1.0).to(tl.int64))
-        kept = mass_above + room * each
+        kept = tl.where(share < 1.0, -1, mass_above + room * each)  # the second search's total: top-k's alone
         if room < ties:  # the room-th of the ids whose logit is the cut
             found = tl.full((), 0, tl.int64)
             start = tl.full((), 0, tl.int32)

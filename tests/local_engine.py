@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +18,7 @@ import torch
 
 from pearl_ray.actors.draft_loop import DraftLoop
 from pearl_ray.actors.epochs import FollowerEpochs, LeaderEpochs
+from pearl_ray.actors.grammars import Grammars
 from pearl_ray.actors.target_loop import TargetLoop
 from pearl_ray.cluster.bridge import Bridge
 from pearl_ray.cluster.channels import Inbox, Outbox
@@ -32,6 +34,7 @@ from pearl_ray.core.replica import Replica
 from pearl_ray.core.requests import Request
 from pearl_ray.core.schedule import Limits
 from pearl_ray.core.windows import WindowPolicy
+from pearl_ray.model.grammar import GrammarCompiler
 from pearl_ray.model.loading import Models, Role, load_model, open_models
 from pearl_ray.model.runner import ModelRunner
 
@@ -56,7 +59,9 @@ class LocalEngine:
         max_num_batched_tokens: int = 256,
         max_model_len: int = 512,
         verification: str = "coupled",
+        draft_grammars: bool = True,
     ) -> None:
+        self._draft_grammars = draft_grammars
         self._paths: dict[Role, str] = {"target": str(dirs[0]), "draft": str(dirs[1])}
         self._limits = Limits(mode, max_num_batched_tokens)
         self._sizes = (num_blocks, block_size)
@@ -127,14 +132,18 @@ class LocalEngine:
         inbox = self._inboxes[role, rank]
         outbox = Outbox(self._inbox.endpoint) if rank == 0 else None
         self._closing += [group, bridge, outbox]
+        grammars = Grammars(lambda: GrammarCompiler(self.models.tokenizer, runner.num_valid))
         if role == "draft":
             assert bridge is not None
-            return DraftLoop(replica, FollowerEpochs(inbox, replica), runner, bridge, outbox, TIMEOUT_S)
+            epochs = FollowerEpochs(inbox, replica)
+            own = grammars if self._draft_grammars else None
+            return DraftLoop(replica, epochs, runner, bridge, outbox, TIMEOUT_S, own)
         if rank > 0:
-            return TargetLoop(replica, FollowerEpochs(inbox, replica), runner, bridge, None, TIMEOUT_S)
+            return TargetLoop(replica, FollowerEpochs(inbox, replica), runner, bridge, None, TIMEOUT_S, grammars)
         followers = [Outbox(other.endpoint) for key, other in self._inboxes.items() if key != ("target", 0)]
         self._closing += followers
-        return TargetLoop(replica, LeaderEpochs(inbox, replica, followers), runner, bridge, outbox, TIMEOUT_S)
+        leader = LeaderEpochs(inbox, replica, followers)
+        return TargetLoop(replica, leader, runner, bridge, outbox, TIMEOUT_S, grammars)
 
     def _bridge(self, role: Role, rank: int) -> Bridge:
         drafting = role == "draft"
@@ -145,8 +154,14 @@ class LocalEngine:
             verdicts = ShmMailbox(self._arenas["verdicts"], rank + 1 if drafting else 0, self._tp["draft"])
         return Bridge(windows, verdicts, TIMEOUT_S)
 
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        return GrammarCompiler(self.models.tokenizer, self.models.num_valid["target"])
+
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """Queue one request."""
+        """Queue one request; one whose grammar is no good is refused, as by the coordinator."""
+        if params.structured_outputs is not None:
+            self._compiler.check(params.structured_outputs)
         request = self.controller.submit(f"r{time.monotonic_ns()}", None, prompt, params)
         self.flush()
         return request

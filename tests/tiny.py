@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,11 @@ EOS_ID, BOS_ID = 0, 1
 SPECIAL = ("<|end|>", "<|start|>")
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHILMNOPRSTW0123456789 \n.,?!':"
 DRAFT_NOISE = 0.05  # of each weight's standard deviation; gives the acceptance named above
+# For structured outputs: all of ASCII, tokens that span JSON's parts, and bytes of a character.
+JSON_PIECES = [
+    *"\n !\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~",
+    *('{"', '":', '": ', '", "', '",', '"}', "}}", '"]', "[]", "{}", "true", "false", "null", ", ", "12", "ab", "Ã", "©"),
+]
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 _LOGIT_STD = 2.0
@@ -132,11 +137,14 @@ def in_memory_source(
     return InMemorySource(config, tiny_weights(config, seed=seed, noise=noise if draft else 0.0))
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character of ``ALPHABET``, which round-trips; other characters are dropped."""
-    assert len(SPECIAL) + len(ALPHABET) == VOCAB_SIZE == len({*SPECIAL, *ALPHABET})
-    to_byte_level = {" ": "Ġ", "\n": "Ċ"}
-    tokens = [*SPECIAL, *(to_byte_level.get(character, character) for character in ALPHABET)]
+def tiny_tokenizer(pieces: Sequence[str] = ALPHABET) -> PreTrainedTokenizerFast:
+    """One token per character of ``ALPHABET``, which round-trips; other characters are dropped.
+
+    ``pieces`` are other tokens to have instead, byte-level but for blanks and newlines; a text is encoded with those of
+    one character.
+    """
+    assert len({*SPECIAL, *pieces}) == len(SPECIAL) + len(pieces)
+    tokens = [*SPECIAL, *(piece.replace(" ", "Ġ").replace("\n", "Ċ") for piece in pieces)]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -158,10 +166,14 @@ def tiny_pair(
     vocab_size: int = VOCAB_SIZE,
     seed: int = 0,
     noise: float = DRAFT_NOISE,
+    pieces: Sequence[str] = ALPHABET,
     **overrides: object,
 ) -> tuple[Path, Path]:
-    """Writes both models as Hugging Face directories below ``directory``; returns ``(target, draft)``."""
-    assert vocab_size >= VOCAB_SIZE, "the tokenizer needs all of its ids"
+    """Writes both models as Hugging Face directories below ``directory``; returns ``(target, draft)``.
+
+    ``pieces``: the tokenizer's, see :func:`tiny_tokenizer`.
+    """
+    assert vocab_size >= len(SPECIAL) + len(pieces), "the tokenizer needs all of its ids"
     target, draft = directory / "target", directory / "draft"
     for path, is_draft in ((target, False), (draft, True)):
         source = in_memory_source(family, draft=is_draft, vocab_size=vocab_size, seed=seed, noise=noise, **overrides)
@@ -171,7 +183,7 @@ def tiny_pair(
         generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         (path / "config.json").write_text(json.dumps(config, indent=2))
         (path / "generation_config.json").write_text(json.dumps(generation, indent=2))
-        tiny_tokenizer().save_pretrained(path)
+        tiny_tokenizer(pieces).save_pretrained(path)
     return target, draft
 
 

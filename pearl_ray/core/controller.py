@@ -1,4 +1,4 @@
-"""The coordinator's mind: requests, admission, blocks, windows, stops. A plain object without I/O.
+"""The coordinator's mind: requests, admission, preemption, windows, stops. A plain object without I/O.
 
 It learns of rounds from summaries, a moment after they happened, and answers with diffs that take effect at a later
 round; between the two the shards run on by themselves. Knows nothing of Ray, sockets, models or wall clocks.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from pearl_ray.core.blocks import BlockPool, Holding
+from pearl_ray.core.blocks import BlockPool
 from pearl_ray.core.errors import QueueFullError, ReplicaDivergedError, RequestRefusedError
 from pearl_ray.core.messages import (
     Change,
     DraftSummary,
-    Extend,
-    Join,
-    Leave,
     PlanDiff,
     RoundSummary,
     SequenceSummary,
@@ -27,12 +24,11 @@ from pearl_ray.core.params import SamplingParams, Verification
 from pearl_ray.core.phases import Commit, Node, Phase
 from pearl_ray.core.replica import Replica
 from pearl_ray.core.requests import Answer, Request, Update, make_request
+from pearl_ray.core.residents import Residents, Running
 from pearl_ray.core.rng import entropy_seed, request_seed
 from pearl_ray.core.schedule import Limits, Work
 from pearl_ray.core.statistics import Statistics
-from pearl_ray.core.windows import Acceptance, WindowPolicy
-
-SPARE_ROUNDS = 4  # blocks are held for this many rounds ahead: what runs on until a diff arrives
+from pearl_ray.core.windows import WindowPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,18 +44,6 @@ class ControllerConfig:
     eos_token_ids: frozenset[int]
     vocab_size: int
     seed: int | None
-
-
-@dataclass(slots=True)
-class Running:
-    """An answer that is in the batch."""
-
-    answer: Answer
-    seq_id: int
-    target: Holding
-    draft: Holding | None
-    window: int
-    acceptance: Acceptance = field(default_factory=Acceptance)
 
 
 class Controller:
@@ -81,15 +65,13 @@ class Controller:
         self.windows = windows
         self.statistics = Statistics()
         self.requests: dict[str, Request] = {}
-        self._pools = (target_pool, draft_pool)
+        self._residents = Residents(target_pool, draft_pool)
         self._decode = decode
         self._clock = clock
         self._waiting: deque[Answer] = deque()
-        self._running: dict[int, Running] = {}
         self._changes: list[Change] = []
         self._in_flight: deque[PlanDiff] = deque()
         self._epoch = 0
-        self._next_seq_id = 0
         self._num_requests = 0
         self._touched: dict[int, Answer] = {}
 
@@ -145,7 +127,7 @@ class Controller:
             )
         budget = params.max_tokens if params.max_tokens is not None else config.max_model_len
         total = min(len(prompt_ids) + budget, config.max_model_len)
-        room = min(pool.num_blocks for pool in self._pools if pool is not None) * config.block_size
+        room = self._residents.room
         if total > room:
             raise RequestRefusedError(
                 f"the request needs a cache of {total} tokens (prompt and max_tokens) and there are {room}; "
@@ -158,7 +140,7 @@ class Controller:
             )
 
     def _has_room(self, count: int) -> bool:
-        return not self._waiting and len(self._running) + count <= self.config.max_num_seqs
+        return not self._waiting and len(self._residents.running) + count <= self.config.max_num_seqs
 
     def abort(self, request_id: str) -> bool:
         """End a request where it is; its blocks are free at the next round. False if it isn't running."""
@@ -192,7 +174,7 @@ class Controller:
         commits = self.replica.advance(plan, drafted, verdicts)
         self.statistics.count_round(summary)
         for work, entry, phase, commit in zip(plan.works, summary.sequences, phases, commits, strict=True):
-            running = self._running.get(work.seq_id)
+            running = self._residents.running.get(work.seq_id)
             if running is not None:  # else: it has left, and what it still did is dropped
                 self._take(running, work, entry, phase, commit)
         self._provide()
@@ -203,7 +185,7 @@ class Controller:
     def on_draft(self, summary: DraftSummary) -> None:
         """Learn what the draft's steps cost."""
         self.statistics.count_draft(summary)
-        self.windows.observe_draft(len(self._running), summary.num_steps, summary.forward_s)
+        self.windows.observe_draft(len(self._residents.running), summary.num_steps, summary.forward_s)
 
     def _take(self, running: Running, work: Work, entry: SequenceSummary, phase: Phase, commit: Commit) -> None:
         answer = running.answer
@@ -238,23 +220,14 @@ class Controller:
     def _keep(self, running: Running) -> None:
         """Make the blocks findable that lie wholly below C − 1 and are written."""
         sequence = self.replica.sequences[running.seq_id]
-        state = sequence.state
-        below = state.num_committed - 1
-        running.target.keep_committed(sequence.tokens, min(state.target_kv, below))
-        if running.draft is not None:
-            running.draft.keep_committed(sequence.tokens, min(state.draft_kv, below))
+        running.keep_committed(sequence.tokens, sequence.state)
 
     def _leave(self, answer: Answer) -> None:
         """Take an answer out of the batch or the queue."""
         if answer.seq_id is None:
             self._waiting = deque(other for other in self._waiting if other is not answer)
         else:
-            running = self._running.pop(answer.seq_id)
-            running.target.release()
-            if running.draft is not None:
-                running.draft.release()
-            self._changes.append(Leave(running.seq_id))
-            answer.seq_id = None
+            self._changes.append(self._residents.leave(answer))
         self._touched[id(answer)] = answer
 
     def _finish(self, request: Request) -> None:
@@ -262,31 +235,22 @@ class Controller:
         del self.requests[request.request_id]
         self.statistics.count_finished(request)
 
-    # -- blocks and admission ---------------------------------------------------------------------------------------
-
-    def _wanted(self, running: Running) -> int:
-        """Tokens that should fit: those of the next rounds until a diff can arrive."""
-        sequence = self.replica.sequences.get(running.seq_id)
-        committed = sequence.state.num_committed if sequence is not None else len(running.answer.tokens)
-        return min(committed + SPARE_ROUNDS * (running.window + 2), running.answer.max_total)
+    # -- admission --------------------------------------------------------------------------------------------------
 
     def _provide(self) -> None:
         """Extend the running sequences' blocks, the oldest first; preempt the youngest where there are none left."""
-        for running in sorted(self._running.values(), key=_age):
-            while running.seq_id in self._running and not self._extend(running):
-                youngest = max(self._running.values(), key=_age)
-                self._preempt(youngest)
+        for running in self._residents.by_age():
+            while running.seq_id in self._residents.running and not self._extend(running):
+                self._preempt(self._residents.by_age()[-1])
 
     def _extend(self, running: Running) -> bool:
-        wanted = self._wanted(running)
-        missing = [holding.missing(wanted) if holding is not None else 0 for holding in (running.target, running.draft)]
-        if not any(missing):
-            return True
-        if not all(pool is None or pool.can_allocate(n) for pool, n in zip(self._pools, missing, strict=True)):
+        sequence = self.replica.sequences.get(running.seq_id)
+        committed = sequence.state.num_committed if sequence is not None else len(running.answer.tokens)
+        if not self._residents.can_extend(running, committed):
             return False
-        target_blocks = running.target.extend(missing[0])
-        draft_blocks = running.draft.extend(missing[1]) if running.draft is not None else []
-        self._changes.append(Extend(running.seq_id, target_blocks, draft_blocks))
+        change = self._residents.extend(running, committed)
+        if change is not None:
+            self._changes.append(change)
         return True
 
     def _preempt(self, running: Running) -> None:
@@ -298,67 +262,20 @@ class Controller:
 
     def _admit(self) -> None:
         """Let waiting answers join, first come first served, while there is room."""
-        while self._waiting and len(self._running) < self.config.max_num_seqs:
-            if not self._join(self._waiting[0]):
+        residents = self._residents
+        while self._waiting and len(residents.running) < self.config.max_num_seqs:
+            answer = self._waiting[0]
+            window = self._window_for(answer, self.windows.first_window(len(residents.running) + 1))
+            if not residents.can_join(answer, window):
                 break
             self._waiting.popleft()
-
-    def _join(self, answer: Answer) -> bool:
-        tokens = answer.tokens
-        window = self._window_for(answer, self.windows.first_window(len(self._running) + 1))
-        wanted = min(len(tokens) + SPARE_ROUNDS * (window + 2), answer.max_total)
-        holdings: list[Holding | None] = []
-        found: list[list[int]] = []
-        for pool in self._pools:
-            if pool is None:
-                holdings.append(None)
-                found.append([])
-                continue
-            # A prompt's log-probabilities come from feeding it: nothing of it may be skipped.
-            fed_whole = answer.request.params.prompt_logprobs is not None and not answer.token_ids
-            cached = pool.find_prefix(tokens, 0 if fed_whole else len(tokens) - 1)
-            holding = Holding(pool)
-            need = holding.missing(wanted) - len(cached) + pool.num_free_among(cached)
-            # Beside a running batch some blocks stay free, so that a newcomer doesn't preempt itself next round.
-            reserve = len(self._running)
-            if need + reserve > pool.num_free and not (not self._running and pool.can_allocate(need)):
-                return False
-            holdings.append(holding)
-            found.append(cached)
-        cached_tokens = [0, 0]
-        for side, taken in enumerate(holdings):
-            if taken is not None:
-                cached_tokens[side] = taken.start_from(found[side], tokens)
-                taken.extend(taken.missing(wanted))
-        target, draft = holdings
-        assert target is not None
-        seq_id = self._next_seq_id
-        self._next_seq_id += 1
-        request = answer.request
-        join = Join(
-            seq_id=seq_id,
-            tokens=tokens,
-            num_prompt=len(request.prompt_ids),
-            params=request.params,
-            rejection=request.rejection,
-            seed=request.seed,
-            sample_index=answer.index,
-            window=window,
-            max_total=answer.max_total,
-            target_blocks=list(target.blocks),
-            draft_blocks=list(draft.blocks) if draft is not None else [],
-            target_cached=cached_tokens[0],
-            draft_cached=cached_tokens[1],
-            stop_mask=request.stop_mask(),
-        )
-        self._changes.append(join)
-        self._running[seq_id] = Running(answer, seq_id, target, draft, window)
-        answer.seq_id = seq_id
-        return True
+            self._changes.append(residents.join(answer, window))
 
     def _choose_windows(self) -> None:
-        chosen = self.windows.choose({seq_id: running.acceptance for seq_id, running in self._running.items()})
-        for seq_id, running in self._running.items():
+        chosen = self.windows.choose(
+            {seq_id: running.acceptance for seq_id, running in self._residents.running.items()}
+        )
+        for seq_id, running in self._residents.running.items():
             window = self._window_for(running.answer, chosen[seq_id])
             if running.window != window:
                 running.window = window
@@ -390,7 +307,7 @@ class Controller:
     @property
     def num_running(self) -> int:
         """Sequences in the batch."""
-        return len(self._running)
+        return len(self._residents.running)
 
     @property
     def num_waiting(self) -> int:
@@ -399,17 +316,12 @@ class Controller:
 
     def snapshot(self) -> dict[str, object]:
         """Gauges for the metrics: pools, phases, windows."""
-        names = ("target", "draft")
-        pools = {name: pool.usage() for name, pool in zip(names, self._pools, strict=True) if pool is not None}
+        pools = self._residents.usage()
         phases = {phase.value: 0 for phase in Phase}
         for sequence in self.replica.sequences.values():
             phases[sequence.state.phase.value] += 1
-        window = max((running.window for running in self._running.values()), default=0)
+        window = max((running.window for running in self._residents.running.values()), default=0)
         return {"pools": pools, "phases": phases, "window_tokens": window}
-
-
-def _age(running: Running) -> tuple[float, int]:
-    return running.answer.request.arrived, running.seq_id
 
 
 def _nodes(tokens: Sequence[int]) -> tuple[Node, ...]:

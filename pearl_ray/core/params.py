@@ -42,11 +42,11 @@ class StructuredOutputsParams:
         if self.json is not None:
             object.__setattr__(self, "json", _as_schema_text(self.json))
         if self.regex is not None and not (isinstance(self.regex, str) and self.regex and _is_unicode(self.regex)):
-            raise ConfigError("regex", self.regex, "a non-empty regular expression")
+            raise ConfigError("regex", _brief(self.regex), "a non-empty regular expression")
         if self.choice is not None:
             choice = tuple(self.choice) if isinstance(self.choice, (list, tuple)) else ()
             if not choice or any(not isinstance(c, str) or not c or not _is_unicode(c) for c in choice):
-                raise ConfigError("choice", self.choice, "a list of one or more non-empty strings")
+                raise ConfigError("choice", _brief(self.choice), "a list of one or more non-empty strings")
             object.__setattr__(self, "choice", choice)
 
 
@@ -147,7 +147,13 @@ def _as_schema_text(value: object) -> str:
             return text
     except (TypeError, ValueError, RecursionError):
         pass
-    raise ConfigError("json", value, "a JSON schema: an object, as a dict or as JSON text")
+    raise ConfigError("json", _brief(value), "a JSON schema: an object, as a dict or as JSON text")
+
+
+def _brief(value: object) -> str:
+    """The value in a message: a schema may be long."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _is_unicode(text: str) -> bool:

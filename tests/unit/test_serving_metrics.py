@@ -19,11 +19,27 @@ from pearl_ray.serving.routes import PAGE
 from tests.serving_fakes import FakeEngine, FakeTokenizer, Logprob, serving
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTRACT = """num_requests_running num_requests_waiting kv_cache_usage_perc prompt_tokens_total generation_tokens_total
-time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds request_success_total
-spec_decode_num_drafts_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
-spec_decode_num_accepted_tokens_per_pos_total phase_sequences window_tokens round_seconds bridge_wait_seconds
-draft_available recoveries_total""".split()
+CONTRACT = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+    "request_success_total",
+    "spec_decode_num_drafts_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total",
+    "spec_decode_num_accepted_tokens_per_pos_total",
+    "phase_sequences",
+    "window_tokens",
+    "round_seconds",
+    "bridge_wait_seconds",
+    "draft_available",
+    "recoveries_total",
+]
 
 
 @pytest.fixture(scope="module")

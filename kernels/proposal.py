@@ -1,0 +1,126 @@
+"""The draft's proposal under the rejection rule, on the device: a token, and the 64 probabilities it was drawn from.
+
+q is the row's distribution after temperature and filters, cut to its 64 first tokens by (logit descending, id ascending)
+and renormalised; the token is a Gumbel race over exactly the float32 values that are sent. Knows one draft step.
+
+Shapes: R rows, V ids, K = 64 entries.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pearl_ray.core.rng import Purpose
+from pearl_ray.kernels.filters import find_cuts
+from pearl_ray.kernels.noise import gumbel_at
+from pearl_ray.kernels.race import BLOCK, Draws, best_of, load_block
+
+NUM_ENTRIES = 64
+_DRAFT = int(Purpose.DRAFT)
+_NO_ID = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _propose(
+    logits,
+    seeds,
+    positions,
+    samples,
+    temperatures,
+    cuts,
+    last_ids,
+    found_ids,
+    found_logits,
+    tokens,
+    ids_out,
+    probs_out,
+    stride,
+    num_valid,
+    PURPOSE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    found = tl.full((), 0, tl.int32)
+    for start in range(0, num_valid, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = load_block(logits, row, stride, ids, 0, num_valid, num_valid, cuts, last_ids, True)
+        kept = x > float("-inf")
+        here = tl.sum(kept.to(tl.int32), 0)
+        if here > 0:
+            to = row * ENTRIES + found + tl.cumsum(kept.to(tl.int32), 0) - 1
+            tl.store(found_ids + to, ids, mask=kept)
+            tl.store(found_logits + to, x, mask=kept)
+            found += here
+    tl.debug_barrier()  # what all threads stored is read by others
+    entry = tl.arange(0, ENTRIES)
+    exists = entry < found
+    ids = tl.load(found_ids + row * ENTRIES + entry, mask=exists, other=_NO_ID)
+    x = tl.load(found_logits + row * ENTRIES + entry, mask=exists, other=float("-inf"))
+    again = tl.arange(0, ENTRIES)  # the same entries along the other axis
+    others = tl.load(found_logits + row * ENTRIES + again, mask=again < found, other=float("-inf"))
+    # Entries stand in order of id, so of equals the earlier one comes first.
+    is_before = (others[None, :] > x[:, None]) | ((others[None, :] == x[:, None]) & (again[None, :] < entry[:, None]))
+    rank = tl.sum((is_before & (again < found)[None, :]).to(tl.int32), 1)
+    temperature = tl.load(temperatures + row)
+    weight = tl.exp((x - tl.max(x, 0)) / tl.where(temperature > 0.0, temperature, 1.0))
+    weight = tl.where(exists, weight, 0.0)
+    q = weight / tl.sum(weight, 0)
+    noise = gumbel_at(tl.load(seeds + row), tl.load(positions + row), tl.load(samples + row), PURPOSE, ids)
+    score = tl.where(q > 0.0, tl.log(q.to(tl.float64)) + noise.to(tl.float64), float("-inf"))
+    _, token = best_of(score, ids)
+    to = row * ENTRIES + tl.where(exists, rank, entry)
+    tl.store(tokens + row, token.to(tl.int64))
+    tl.store(ids_out + to, tl.where(q > 0.0, ids, 0))
+    tl.store(probs_out + to, q)
+
+
+def propose(
+    logits_RV: torch.Tensor,
+    draws: Draws,
+    *,
+    num_valid: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``core.sampling.propose`` on the device: tokens int64 ``[R]``, ids int32 and probabilities float32 ``[R, 64]``.
+
+    Largest first; unused entries are (0, 0.0); temperature 0 gives one entry of probability 1. ``draws`` holds the
+    draft's temperatures, and the filters' cuts if there are any. Needs the whole vocabulary.
+    """
+    rows, size = logits_RV.shape
+    valid = size if num_valid is None else min(size, num_valid)
+    device = logits_RV.device
+    most_R = torch.where(draws.temperatures_R > 0.0, NUM_ENTRIES, 1)
+    one_R = torch.ones_like(draws.temperatures_R)
+    cuts, last_ids = find_cuts(
+        logits_RV, one_R, most_R, one_R.double(), torch.zeros_like(one_R), num_valid=valid, has_both=False
+    )
+    if draws.cuts_R is not None and draws.last_ids_R is not None:
+        tighter = (draws.cuts_R > cuts) | ((draws.cuts_R == cuts) & (draws.last_ids_R < last_ids))
+        cuts = torch.where(tighter, draws.cuts_R, cuts)
+        last_ids = torch.where(tighter, draws.last_ids_R, last_ids)
+    found_ids, ids = (torch.empty((rows, NUM_ENTRIES), dtype=torch.int32, device=device) for _ in range(2))
+    found_logits, probs = (torch.empty((rows, NUM_ENTRIES), dtype=torch.float32, device=device) for _ in range(2))
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    _propose[(rows,)](
+        logits_RV,
+        draws.seeds_R,
+        draws.positions_R,
+        draws.samples_R,
+        draws.temperatures_R,
+        cuts,
+        last_ids,
+        found_ids,
+        found_logits,
+        tokens,
+        ids,
+        probs,
+        logits_RV.stride(0),
+        valid,
+        PURPOSE=_DRAFT,
+        ENTRIES=NUM_ENTRIES,
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )
+    return tokens, ids, probs

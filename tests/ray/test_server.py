@@ -1,0 +1,155 @@
+"""The server over a real deployment on Ray, asked by the official client; the same text as without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+
+from pearl_ray import PearlConfig, PearlEngine, SamplingParams
+from pearl_ray.deployment import deploy, stop_deployment
+from pearl_ray.serving.backend import Model, RayEngine
+from pearl_ray.serving.http_actor import find_http_actor, start_http_actor
+from pearl_ray.serving.server import HttpServer, bind
+from pearl_ray.serving.settings import ServerSettings
+
+PROMPT = "Once upon a time"
+MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=30)
+LONG = {"prompt": PROMPT, "max_tokens": 450, "ignore_eos": True, "stream": True}
+
+
+def config(dirs: tuple[Path, Path], **changes: object) -> PearlConfig:
+    values = {
+        "target_model": str(dirs[0]),
+        "draft_model": str(dirs[1]),
+        "dtype": "float64",
+        "num_speculative_tokens": 4,
+        "max_model_len": 512,
+        "kv_cache_blocks": 256,
+    }
+    return PearlConfig(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def engine(ray_session, tiny_dirs) -> Iterator[PearlEngine]:
+    with PearlEngine(config(tiny_dirs)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def url(engine: PearlEngine) -> Iterator[str]:
+    settings = ServerSettings(served_model_names=("tiny",))
+    with HttpServer(settings, bind("127.0.0.1", 0)) as server:
+        server.attach(RayEngine(engine.coordinator), Model(engine.tokenizer, 512))
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def test_completions_are_the_engines_own_text_whole_and_streamed(client, engine) -> None:
+    [own] = engine.generate(PROMPT, GREEDY)
+    got = client.completions.create(
+        model="tiny", prompt=PROMPT, temperature=0, max_tokens=30, extra_body={"include_speculation": True}
+    )
+    assert got.choices[0].text == own.outputs[0].text and got.choices[0].finish_reason == own.outputs[0].finish_reason
+    pearl = got.choices[0].model_extra["pearl"]
+    assert pearl["token_ids"] == list(own.outputs[0].token_ids) and pearl["origins"] == list(own.outputs[0].origins)
+    assert "".join(pearl["texts"]) == got.choices[0].text
+    spec = got.usage.model_extra["speculation"]
+    assert spec["tokens_per_target_forward"] > 1 and sum(spec["rounds"].values()) == spec["num_target_forwards"]
+    chunks = list(client.completions.create(model="tiny", prompt=PROMPT, temperature=0, max_tokens=30, stream=True))
+    assert "".join(c.choices[0].text for c in chunks) == own.outputs[0].text and len(chunks) > 3
+
+
+def test_chat_goes_through_the_template_and_a_seed_repeats_it(client, engine) -> None:
+    [own] = engine.chat(MESSAGES, SamplingParams(temperature=0.9, seed=5, max_tokens=20, n=2))
+    got = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0.9, seed=5, max_tokens=20, n=2)
+    assert [c.message.content for c in got.choices] == [o.text for o in own.outputs]
+    assert got.usage.prompt_tokens == len(own.prompt_token_ids)
+
+
+def test_what_the_engine_refuses_is_an_error_of_the_api(client) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt=[5] * 512)
+    assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt=[64])
+    assert "outside the vocabulary" in caught.value.message
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="a", extra_body={"stop_token_ids": [99]})
+    assert caught.value.param == "stop_token_ids"
+
+
+def test_many_streams_at_once_are_neither_lost_nor_mixed(url, engine) -> None:
+    params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=16) for seed in range(24)]
+    expected = [output.outputs[0].text for output in engine.generate([PROMPT] * 24, params)]
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+
+            async def one(seed: int) -> str:
+                stream = await client.completions.create(
+                    model="tiny", prompt=PROMPT, seed=seed, max_tokens=16, stream=True
+                )
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*map(one, range(24)))
+
+    assert asyncio.run(ask()) == expected
+
+
+def test_a_client_that_hangs_up_frees_its_blocks(url, engine) -> None:
+    with httpx.stream("POST", f"{url}/v1/completions", json=LONG) as response:
+        events = response.iter_lines()
+        next(events)
+        assert engine.stats()["num_requests_running"] == 1
+    deadline = time.monotonic() + 5
+    while engine.stats()["num_requests_running"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    text = httpx.get(f"{url}/metrics").text
+    assert "pearl:num_requests_running 0.0" in text and 'pearl:kv_cache_usage_perc{model="target"} 0.0' in text
+    assert (
+        "pearl:time_to_first_token_seconds_count" in text and 'request_success_total{finished_reason="abort"}' in text
+    )
+
+
+def test_the_server_is_ready_and_tokenises_as_the_model_does(url, engine) -> None:
+    assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
+    ids = httpx.post(f"{url}/tokenize", json={"prompt": PROMPT}).json()["tokens"]
+    assert ids == engine.tokenizer.encode(PROMPT)
+    assert httpx.post(f"{url}/detokenize", json={"tokens": ids}).json() == {"prompt": PROMPT}
+
+
+def test_the_server_of_a_detached_deployment_ends_with_it(ray_session, tiny_dirs, engine) -> None:
+    held = deploy(config(tiny_dirs), "web", detached=True)
+    url = start_http_actor("web", ServerSettings(served_model_names=("tiny",)), "127.0.0.1", 0, engine.tokenizer)
+    [own] = engine.generate(PROMPT, GREEDY)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        got = client.completions.create(model="tiny", prompt=PROMPT, temperature=0, max_tokens=30)
+        assert got.choices[0].text == own.outputs[0].text
+    with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=30) as response:
+        events = (line for line in response.iter_lines() if line.startswith("data: "))
+        next(events)
+        stop_deployment(held.name)
+        *_, error, done = events
+    assert "was stopped" in json.loads(error.removeprefix("data: "))["error"]["message"] and done == "data: [DONE]"
+    deadline = time.monotonic() + 10
+    while find_http_actor("web") is not None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert find_http_actor("web") is None
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+    assert ray.is_initialized()
