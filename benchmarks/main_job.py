@@ -26,6 +26,7 @@ from benchmarks.prompts import read_prompts
 from benchmarks.reference import generate, hugging_face, teacher_forced, top_two_gap
 from pearl_ray import PearlConfig, PearlEngine, RequestOutput, SamplingParams, env
 from pearl_ray.core.phases import Node, Round, SequenceState, transition
+from pearl_ray.core.rng import Purpose, gumbel
 from pearl_ray.core.windows import pearl_tokens_per_forward
 from pearl_ray.model.loading import model_path
 from pearl_ray.model.tokenizer import load_tokenizer
@@ -135,6 +136,8 @@ def sampled(prompts: Texts, model: torch.nn.Module) -> int:
             outputs = answer(prompts, params, 8, mode=mode, num_speculative_tokens=4)
             judge.compare(f"{mode} = ar, coupled, temperature {temperature}", texts_of(outputs), ar)
         say(f"  acceptance at temperature {temperature}, coupled: {acceptance(outputs):.3f}")
+        expected = expected_acceptance(prompts, params, ar, model)
+        say(f"    teacher-forced on the same texts: coupled {expected[0]:.3f}, rejection {expected[1]:.3f}")
         other = answer(prompts, params, 8, mode="pearl", num_speculative_tokens=4, verification="rejection")
         say(f"  acceptance at temperature {temperature}, rejection: {acceptance(other):.3f}")
         wrong += judge.wrong
@@ -145,6 +148,26 @@ def acceptance(outputs: Sequence[RequestOutput]) -> float:
     """Accepted of tested tokens; in PEARL every committed position behind the first was tested exactly once."""
     origins = [o for output in outputs for o in output.outputs[0].origins if o != "prefill"]
     return 1 - origins.count("residual") / len(origins)
+
+
+def expected_acceptance(
+    prompts: Texts, params: Sequence[SamplingParams], texts: Texts, model: torch.nn.Module
+) -> tuple[float, float]:
+    """Of both rules on given texts, by Hugging Face: the draft's keyed choice is right; the mean of Σ min(p, q)."""
+    draft = hugging_face("draft", None, None)
+    right, overlap, positions = 0, 0.0, 0
+    for prompt, param, text in zip(prompts, params, texts, strict=True):
+        p_logits = teacher_forced(model, prompt, text)[1:]
+        q_logits = teacher_forced(draft, prompt, text)[1:]
+        count, size = q_logits.shape
+        places = [len(prompt) + 1 + i for i in range(count)]
+        noise = gumbel([param.seed or 0] * count, places, [0] * count, Purpose.COUPLED, vocab_start=0, vocab_size=size)
+        chosen = (q_logits + param.temperature * noise).argmax(-1).tolist()
+        right += sum(a == b for a, b in zip(chosen, text[1:], strict=True))
+        p, q = ((logits / param.temperature).softmax(-1) for logits in (p_logits, q_logits))
+        overlap += float(torch.minimum(p, q).sum())
+        positions += count
+    return right / positions, overlap / positions
 
 
 def replay(prompts: Texts, model: torch.nn.Module) -> int:

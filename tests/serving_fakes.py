@@ -14,6 +14,7 @@ from pearl_ray.actors.clients import Batch
 from pearl_ray.core.errors import PearlError, QueueFullError
 from pearl_ray.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from pearl_ray.core.params import SamplingParams
+from pearl_ray.core.phases import Origin
 from pearl_ray.core.requests import Update
 from pearl_ray.serving.backend import Model
 from pearl_ray.serving.server import HttpServer, bind
@@ -22,7 +23,13 @@ from pearl_ray.serving.settings import ServerSettings
 ANSWER = "The quick brown fox jumps over the lazy dog. "
 VOCAB_SIZE = 0x3000
 MAX_MODEL_LEN = 2000
-ROUND = (1, 3, 2)  # tokens of successive rounds
+# The origins of a first round, and of those after it in turn.
+FIRST: tuple[Origin, ...] = ("prefill",)
+ROUNDS: tuple[tuple[Origin, ...], ...] = (
+    ("pre_verify", "post_verify", "residual"),
+    ("pre_verify", "post_verify"),
+    ("residual",),
+)
 
 
 class FakeTokenizer:
@@ -48,7 +55,7 @@ class FakeTokenizer:
 
 
 class FakeEngine:
-    """Answers every request with `ANSWER` repeated, in rounds of 1, 3, 2, 1, … tokens.
+    """Answers every request with its text, over and over, in rounds of 1, 3, 2, 1, 3, 2, 1, … tokens.
 
     Attributes:
         delay_s: between rounds.
@@ -58,8 +65,8 @@ class FakeEngine:
         state: what status() says.
     """
 
-    def __init__(self, delay_s: float = 0.0, room: int = 1000) -> None:
-        self.delay_s, self.room = delay_s, room
+    def __init__(self, delay_s: float = 0.0, room: int = 1000, text: str = ANSWER) -> None:
+        self.delay_s, self.room, self.text = delay_s, room, text
         self.running: dict[str, asyncio.Task[None]] = {}
         self.aborted: list[str] = []
         self.submitted: list[tuple[list[int], SamplingParams]] = []
@@ -80,22 +87,31 @@ class FakeEngine:
 
     async def _generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
         limit = params.max_tokens or 100_000
-        text = (ANSWER * (limit // len(ANSWER) + 1))[:limit]
+        text = (self.text * (limit // len(self.text) + 1))[:limit]
         for stop in params.stop:
             text = text.split(stop)[0]
         reason = "length" if len(text) == limit else "stop"
-        sizes, at = itertools.cycle(ROUND), 0
+        rounds, at = itertools.chain([FIRST], itertools.cycle(ROUNDS)), 0
         while at < len(text):
-            part = text[at : at + next(sizes)]
+            origins = next(rounds)
+            part = text[at : at + len(origins)]
             at += len(part)
             for index in range(params.n):
-                self._put(request_id, index, part, params, reason if at == len(text) else None)
+                self._put(request_id, index, part, origins[: len(part)], params, reason if at == len(text) else None)
             await asyncio.sleep(self.delay_s)
         outputs = [_answer(index, text, params, reason) for index in range(params.n)]
         self._finish(request_id, prompt, outputs)
 
-    def _put(self, request_id: str, index: int, text: str, params: SamplingParams, reason: Any) -> None:
-        ids, origins = tuple(map(ord, text)), ("pre_verify",) * len(text)
+    def _put(
+        self,
+        request_id: str,
+        index: int,
+        text: str,
+        origins: tuple[Origin, ...],
+        params: SamplingParams,
+        reason: Any,
+    ) -> None:
+        ids = tuple(map(ord, text))
         logprobs = _logprobs(text, params)
         stop = params.stop[0] if reason == "stop" else None
         self._batch.updates.append(Update(request_id, index, ids, origins, text, reason, stop, logprobs))
@@ -163,7 +179,7 @@ def _answer(index: int, text: str, params: SamplingParams, reason: Any) -> Compl
         logprobs=_logprobs(text, params),
         finish_reason=reason,
         stop_reason=params.stop[0] if reason == "stop" else None,
-        origins=["pre_verify"] * len(text),
+        origins=[*FIRST, *itertools.islice(itertools.cycle(itertools.chain(*ROUNDS)), len(text) - 1)],
     )
 
 

@@ -150,10 +150,12 @@ def transition(state: SequenceState, event: Round) -> tuple[SequenceState, Commi
     committed = state.num_committed + len(tokens)
     # The draft fed everything up to the last token it made; what was dropped is overwritten by later rounds.
     draft_kv = state.draft_kv + event.draft_fed + max(len(event.drafted) - 1, 0)
-    after = replace(
-        state,
-        num_committed=committed,
-        pending=pending,
+    after = SequenceState(
+        state.num_prompt,
+        committed,
+        state.max_total,
+        state.window,
+        pending,
         target_kv=min(state.target_kv + event.target_fed, committed - 1),
         draft_kv=min(draft_kv, committed + len(pending) - 1),
     )

@@ -134,6 +134,7 @@ class WindowPolicy:
         self._overall = Acceptance(memory=8192.0)
         self._windows: dict[int, int] = {}
         self._rounds = 0
+        self._first: tuple[tuple[int, ...], int] = ((), 0)
         self._tokens_AW, self._rows_AW = _tables(mode)
 
     @property
@@ -160,7 +161,10 @@ class WindowPolicy:
         """The window of a sequence that joins, with which the batch has ``batch`` sequences."""
         if self._mode == "ar" or self._fixed is not None:
             return 0 if self._mode == "ar" else self._fixed or 0
-        return self._review([self.acceptance] * batch)[0]
+        key = (batch.bit_length(), round(self.acceptance * ALPHA_LEVELS), self._rounds // REVIEW_ROUNDS)
+        if self._first[0] != key:
+            self._first = (key, self._review([self.acceptance] * batch)[0])
+        return self._first[1]
 
     def choose(self, sequences: Mapping[int, Acceptance]) -> Mapping[int, int]:
         """The window of every sequence, by id; looked at anew every few rounds, and when the batch changes."""

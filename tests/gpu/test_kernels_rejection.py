@@ -23,7 +23,7 @@ from tests.kernel_checks import CAN_RUN, DEVICE, INTERPRETING, REASON, fresh
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason=REASON)]
 
-VOCAB = 3001 if INTERPRETING else 151_937
+VOCAB = 1501 if INTERPRETING else 151_937
 
 FILTERS = [
     SamplingParams(temperature=0.8, top_k=50),

@@ -154,7 +154,14 @@ def test_speculation_is_told_when_asked_for(client: openai.OpenAI) -> None:
     spec = got.usage.model_extra["speculation"]
     assert spec["tokens_per_target_forward"] == 2.5 and spec["rounds"] == {"pre_verify": 4} and spec["seeds"] == [7]
     pearl = got.choices[0].model_extra["pearl"]
-    assert pearl["texts"] == list(ANSWER[:6]) and pearl["origins"] == ["pre_verify"] * 6
+    assert pearl["texts"] == list(ANSWER[:6]) and pearl["origins"] == [
+        "prefill",
+        "pre_verify",
+        "post_verify",
+        "residual",
+        "pre_verify",
+        "post_verify",
+    ]
     texts: list[str] = []
     for chunk in client.chat.completions.create(
         model="tiny", messages=MESSAGES, max_tokens=6, stream=True, extra_body=FOX
