@@ -6,6 +6,7 @@ the acceptance rate; the window with the best ratio wins, and 0 (AR) wins where 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -161,7 +162,8 @@ class WindowPolicy:
         """The window of a sequence that joins, with which the batch has ``batch`` sequences."""
         if self._mode == "ar" or self._fixed is not None:
             return 0 if self._mode == "ar" else self._fixed or 0
-        key = (batch.bit_length(), round(self.acceptance * ALPHA_LEVELS), self._rounds // REVIEW_ROUNDS)
+        ratio = self._target_ratio / self._draft_ratio
+        key = (batch.bit_length(), round(self.acceptance * ALPHA_LEVELS), round(8 * math.log2(ratio)))
         if self._first[0] != key:
             self._first = (key, self._review([self.acceptance] * batch)[0])
         return self._first[1]
