@@ -10,11 +10,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: help demo test test-slow test-gpu lint format clean
+.PHONY: help demo test test-slow test-browser test-gpu lint format clean
 help:
 	@echo "make demo       a real pair of models answers a prompt (CPU is enough)"
 	@echo "make test       the tests that need no GPU and no long time"
 	@echo "make test-slow  the ones that take minutes;  make test-gpu  the ones that need CUDA"
+	@echo "make test-browser  the web page in Chromium (apt-get install chromium)"
 	@echo "make lint       ruff and mypy;  make format  let ruff rewrite;  make clean  remove $(VENV)"
 
 $(STAMP): setup.py constraints.txt .ci/make_venv.py
@@ -29,6 +30,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-browser: $(STAMP)
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || \
+		{ echo "no Chromium: apt-get install chromium"; exit 1; }
+	$(BIN)/python -m pip install -q "playwright>=1.50"
+	$(BIN)/python -m pytest -m slow tests/unit/test_serving_page.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

@@ -17,10 +17,10 @@ DEV = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
+    "httpx>=0.27",
     "ruff>=0.8",
     "mypy>=1.11",
     "scipy>=1.11",
-    "httpx>=0.27",
     "openai>=1.40",
     "jsonschema>=4.20",
 ]
@@ -35,7 +35,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["pearl_ray", "pearl_ray.*"]),
-    package_data={"pearl_ray": ["assets/*", "py.typed"]},
+    package_data={"pearl_ray": ["assets/*", "serving/static/*", "py.typed"]},
     install_requires=[
         "ray>=2.60",
         "torch>=2.9",

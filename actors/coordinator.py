@@ -18,8 +18,10 @@ from collections.abc import Mapping, Sequence
 import ray
 from ray.util.placement_group import PlacementGroup
 
+from pearl_ray.actors import report
 from pearl_ray.actors.bringup import BringUp, Deployment, place
 from pearl_ray.actors.clients import Batch, Clients
+from pearl_ray.actors.intake import Intake, Prompt
 from pearl_ray.actors.spec import DeploymentSpec
 from pearl_ray.actors.trace import chrome_trace
 from pearl_ray.cluster.channels import Inbox, Outbox
@@ -27,20 +29,16 @@ from pearl_ray.cluster.placement import Bundle, remove_placement_group
 from pearl_ray.cluster.supervisor import Supervisor
 from pearl_ray.core.blocks import BlockPool
 from pearl_ray.core.controller import Controller, ControllerConfig
-from pearl_ray.core.errors import ConfigError, EngineDeadError, PearlError
+from pearl_ray.core.errors import EngineDeadError, PearlError
 from pearl_ray.core.messages import DraftSummary, RoundSummary, Stop
 from pearl_ray.core.outputs import RequestOutput
-from pearl_ray.core.params import SamplingParams, StructuredOutputsParams
+from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.schedule import Limits
 from pearl_ray.core.windows import WindowPolicy
-from pearl_ray.model.grammar import GrammarCompiler
 from pearl_ray.model.loading import open_models
-from pearl_ray.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int]
-LONG_PROMPT_CHARS = 20_000  # longer texts are tokenised in a thread, so that rounds don't wait for their diffs
 STOP_TIMEOUT_S = 10.0
 GRACE_S = 2.0  # after a failure: time for clients to hear of it before the process ends
 MAX_CONCURRENCY = 10_000
@@ -57,8 +55,7 @@ class CoordinatorActor:
         self._bring_up: BringUp | None = None
         self._deployment: Deployment | None = None
         self._controller: Controller | None = None
-        self._tokenizer: Tokenizer | None = None
-        self._grammars: GrammarCompiler | None = None
+        self._intake: Intake | None = None
         self._inbox: Inbox | None = None
         self._folder: str | None = None
         self._outboxes: list[Outbox] = []
@@ -87,7 +84,7 @@ class CoordinatorActor:
         models = await asyncio.to_thread(
             open_models, spec.target_model, spec.draft_model, spec.cache_dir, with_draft="draft" in spec.roles
         )
-        self._tokenizer = models.tokenizer
+        self._intake = Intake(models.tokenizer, models.num_valid["target"])
         shards = place(spec, self._placement, self._bundles)
         self._bring_up = BringUp(spec, shards)
         self._folder = tempfile.mkdtemp(prefix="pearl-")
@@ -125,13 +122,13 @@ class CoordinatorActor:
         )
         caching = spec.enable_prefix_caching
         pools = [BlockPool(deployment.num_blocks, spec.block_size, prefix_caching=caching) for _ in range(2)]
-        assert self._tokenizer is not None
+        assert self._intake is not None
         return Controller(
             config,
             pools[0],
             pools[1] if "draft" in spec.roles else None,
             WindowPolicy(spec.mode, spec.num_speculative_tokens, deployment.costs),
-            decode=self._tokenizer.decode,
+            decode=self._intake.tokenizer.decode,
             clock=time.monotonic,
         )
 
@@ -241,9 +238,9 @@ class CoordinatorActor:
             EngineDeadError: the deployment has failed or is stopping.
         """
         controller = self._ready()
-        for wanted in {p.structured_outputs for p in params if p.structured_outputs is not None}:
-            await asyncio.to_thread(self._check_grammar, controller, wanted)
-        encoded = [await self._encode(prompt) for prompt in prompts]
+        assert self._intake is not None
+        await self._intake.check(params)
+        encoded = [await self._intake.encode(prompt) for prompt in prompts]
         ids = list(request_ids) if request_ids is not None else [f"req-{uuid.uuid4().hex[:16]}" for _ in prompts]
         self._ready()
         queued: list[str] = []
@@ -326,28 +323,6 @@ class CoordinatorActor:
             raise EngineDeadError(f"deployment {self._spec.name!r} is {self._state}")
         return self._controller
 
-    async def _encode(self, prompt: Prompt | Sequence[Mapping[str, object]]) -> tuple[str | None, list[int]]:
-        assert self._tokenizer is not None
-        tokenizer = self._tokenizer
-        if isinstance(prompt, str):
-            if len(prompt) > LONG_PROMPT_CHARS:
-                return prompt, await asyncio.to_thread(tokenizer.encode, prompt)
-            return prompt, tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            text = tokenizer.apply_chat_template(list(prompt))
-            return text, await asyncio.to_thread(tokenizer.encode, text, False)
-        try:
-            return None, [int(token) for token in prompt]  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            raise ConfigError("prompt", prompt, "a text, a list of token ids, or a list of chat messages") from None
-
-    def _check_grammar(self, controller: Controller, wanted: StructuredOutputsParams) -> None:
-        """Compile it once, so that a bad one is refused before a shard meets it. Runs in a thread."""
-        if self._grammars is None:
-            assert self._tokenizer is not None
-            self._grammars = GrammarCompiler(self._tokenizer, controller.config.vocab_size)
-        self._grammars.check(wanted)
-
     # -- what it says of itself -------------------------------------------------------------------------------------
 
     async def progress(self) -> dict[str, object]:
@@ -359,29 +334,10 @@ class CoordinatorActor:
 
     async def status(self) -> dict[str, object]:
         """State, models, shards with their processes, and what runs."""
-        deployment, controller = self._deployment, self._controller
-        spec = self._spec
-        shards = [] if deployment is None else [vars(info) for info in deployment.infos.values()]
-        return {
-            "name": spec.name,
-            "state": self._state,
-            "error": str(self._failure) if self._failure else None,
-            "mode": spec.mode,
-            "verification": spec.verification,
-            "target_model": spec.target_model,
-            "draft_model": spec.draft_model,
-            "target_tensor_parallel_size": spec.target_tp,
-            "draft_tensor_parallel_size": spec.draft_tp if "draft" in spec.roles else 0,
-            "dtype": spec.dtype,
-            "device": spec.device,
-            "max_model_len": deployment.max_model_len if deployment else None,
-            "kv_cache_blocks": deployment.num_blocks if deployment else None,
-            "uptime_s": time.time() - self._started_at,
-            "coordinator_pid": os.getpid(),
-            "shards": shards,
-            "num_requests_running": controller.num_running if controller else 0,
-            "num_requests_waiting": controller.num_waiting if controller else 0,
-        }
+        found = report.status(self._spec, self._deployment, self._controller)
+        error = str(self._failure) if self._failure else None
+        uptime_s = time.time() - self._started_at
+        return found | {"state": self._state, "error": error, "uptime_s": uptime_s, "coordinator_pid": os.getpid()}
 
     async def model_paths(self) -> tuple[str | None, str | None]:
         """Target and draft as the deployment was given them; None: the embedded pair."""
@@ -389,34 +345,7 @@ class CoordinatorActor:
 
     async def stats(self) -> dict[str, object]:
         """The counters and gauges of /metrics, without the prefix."""
-        controller = self._ready()
-        s, gauges = controller.statistics, controller.snapshot()
-        pools = gauges["pools"]
-        assert isinstance(pools, dict)
-        windows = controller.windows
-        costs = self._deployment.costs if self._deployment else None
-        return {
-            "num_requests_running": controller.num_running,
-            "num_requests_waiting": controller.num_waiting,
-            "kv_cache_usage_perc": {name: u.num_held / u.num_blocks for name, u in pools.items()},
-            "prefix_cache_queries": {name: u.queried_tokens for name, u in pools.items()},
-            "prefix_cache_hits": {name: u.hit_tokens for name, u in pools.items()},
-            "prompt_tokens_total": s.prompt_tokens,
-            "generation_tokens_total": s.generation_tokens,
-            "request_success_total": dict(s.finished),
-            "spec_decode_num_drafts_total": s.num_drafts,
-            "spec_decode_num_draft_tokens_total": s.num_draft_tokens,
-            "spec_decode_num_accepted_tokens_total": s.num_accepted_tokens,
-            "spec_decode_num_accepted_tokens_per_pos_total": dict(s.accepted_per_position),
-            "num_preemptions_total": s.preemptions,
-            "num_rounds_total": s.num_rounds,
-            "phase_sequences": gauges["phases"],
-            "window_tokens": gauges["window_tokens"],
-            "acceptance_rate": windows.acceptance,
-            "draft_available": int("draft" in self._spec.roles),
-            "target_forward_seconds": dict(costs.target_s) if costs else {},
-            "draft_step_seconds": dict(costs.draft_s) if costs else {},
-        }
+        return report.stats(self._spec, self._deployment, self._ready())
 
     async def rounds(self) -> tuple[list[RoundSummary], list[DraftSummary]]:
         """The newest rounds as both sides reported them, for benchmarks and traces."""

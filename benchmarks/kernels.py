@@ -16,9 +16,12 @@ import triton
 
 from pearl_ray.kernels.activation import silu_mul
 from pearl_ray.kernels.attention_triton import Plan, TritonAttention, TritonMetadata, make_plan
+from pearl_ray.kernels.filters import find_cuts
 from pearl_ray.kernels.linear import TORCH, LinearChoices, candidates, linear
 from pearl_ray.kernels.norm import rms_norm
+from pearl_ray.kernels.proposal import propose
 from pearl_ray.kernels.race import Draws, judge, race
+from pearl_ray.kernels.rejection import verify
 from pearl_ray.kernels.rotary import turn_and_store
 
 DEVICE = torch.device("cuda")
@@ -167,6 +170,25 @@ def bench_sampler(copy: float) -> None:
             print(f"  {rows} rows of {seqs}, T={temperature}: {time:.1f} us, {logits.nbytes / time / copy:.3f}")
 
 
+def bench_rules() -> None:
+    """What filters, the draft's proposal and the rejection rule cost."""
+    print("filters (top-k 50 and top-p 0.9), proposal, rejection verdict, 151936 ids: us")
+    for rows, seqs in ((1, 1), (8, 1), (32, 32), (64, 8)):
+        logits = torch.randn((rows, 151_936), dtype=DTYPE, device=DEVICE) * 3
+        draws, tested = draws_of(rows, 1.0), torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+        top_k = torch.full((rows,), 50, dtype=torch.int32, device=DEVICE)
+        top_p = torch.full((rows,), 0.9, dtype=torch.float64, device=DEVICE)
+        min_p, ones = torch.zeros(rows, device=DEVICE), torch.ones(rows, dtype=torch.bool, device=DEVICE)
+        row_start = torch.arange(seqs + 1, dtype=torch.int32, device=DEVICE) * (rows // seqs)
+        _, ids, probs = propose(logits, draws)
+        filters = microseconds(graphed(lambda: find_cuts(logits, draws.temperatures_R, top_k, top_p, min_p)))  # noqa: B023
+        proposal = microseconds(graphed(lambda: propose(logits, draws)))  # noqa: B023
+        verdict = microseconds(
+            graphed(lambda: verify(logits, draws, row_start, tested, ones, ids, probs, rows // seqs))  # noqa: B023
+        )
+        print(f"  {rows} rows of {seqs}: filters {filters:.1f}, proposal {proposal:.1f}, verdict {verdict:.1f}")
+
+
 def bench_small() -> None:
     """The small kernels of a layer at one and 32 rows."""
     print("small kernels, 5120 wide, 64 + 2 x 8 heads of 128: us at 1 and 32 rows")
@@ -204,6 +226,7 @@ def main() -> None:
         bench_linear(copy)
     if "sampler" in wanted:
         bench_sampler(copy)
+        bench_rules()
     if "small" in wanted:
         bench_small()
 

@@ -74,10 +74,14 @@ def make_plan(metadata: TritonMetadata, num_kv: int, head_dim: int, num_sms: int
     least = max(16, triton.next_power_of_2(metadata.group_size))
     rows = max(least, min(most, triton.next_power_of_2(metadata.max_query_len * metadata.group_size)))
     tiles = triton.cdiv(metadata.max_query_len, rows // metadata.group_size)
-    block = 32 if dim == 256 else 64
+    block = 32 if dim == 256 else 64 if dim == 128 else 128
     programs = tiles * num_kv * len(metadata.context_lens_S)
-    splits = max(1, min(2 * num_sms // programs, triton.cdiv(metadata.max_context_len, MIN_SPLIT_KEYS)))
-    return Plan(rows, block, tiles, splits, 8 if rows >= 128 else 4, 3 if rows < 128 else 2)
+    # A few parts that are long leave less to join; where a launch has many programs anyway, two run at a time.
+    per_sm = 1 if programs * 8 <= num_sms else 2
+    if per_sm == 1 and rows <= 32:
+        block *= 2
+    splits = max(1, min(per_sm * num_sms // programs, triton.cdiv(metadata.max_context_len, MIN_SPLIT_KEYS)))
+    return Plan(rows, block, tiles, splits, 8 if rows >= 128 else 4, 3)
 
 
 class TritonAttention:

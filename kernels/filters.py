@@ -3,7 +3,7 @@
 Tokens are ranked by (logit descending, id ascending), as in ``core.logits``, and every filter keeps a beginning of that
 ranking; so all of them together are one cut: a logit, and the last id that is kept among those that equal it. It is found
 without sorting: 8 passes over the row, each settling 4 bits of the logit's ordered bit pattern by the number and the mass
-of the tokens above each of 16 values. Masses are integers (units of 2^-40 of the largest), so sums don't depend on
+of the tokens above each of 16 values. Masses are integers (units of 2^-39 of the largest), so sums don't depend on
 their order, and a row's cut not on the batch.
 
 Shapes: R rows, V ids.
@@ -17,10 +17,11 @@ import triton.language as tl
 
 from pearl_ray.kernels.race import BLOCK
 
-_UNIT = tl.constexpr(float(2**40))
+_UNIT = tl.constexpr(float(2**39))
+_COUNT_BIT = tl.constexpr(51)  # a block's mass is below 2^51: its number of tokens fits above, in the same word
 _LOG2E = tl.constexpr(1.4426950408889634)
 _ANY_ID = tl.constexpr(2**31 - 1)
-_DIGITS = 8
+_PASSES = 8
 
 
 @triton.jit
@@ -58,94 +59,112 @@ def row_max(tops, row, num_blocks, CANDIDATES: tl.constexpr):
 
 
 @triton.jit
-def _descend(counts, masses, row, row_step, pass_step, limit, share, given_total, PASSES: tl.constexpr):
-    """The digits that the passes so far settle: (key, count and mass above it, the row's bound on the mass)."""
+def _step(states, sums, row, limit, share, given_total, num_rows, PASS: tl.constexpr):
+    """The search's state after PASS passes: (key, count and mass above it, the row's bound on the mass, ties).
+
+    ``states`` ``[passes, R, 4]`` holds what the pass before found, ``sums`` ``[passes, R, 2, 16]`` what it counted.
+    """
     digit = tl.arange(0, 16)
-    key = tl.full((), 0, tl.uint32)
-    count_above, mass_above = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
-    bound = tl.full((), float("inf"), tl.float64)
-    for step in tl.static_range(PASSES):
-        at = step * pass_step + row * row_step + digit
-        count, mass = tl.load(counts + at), tl.load(masses + at)
-        if step == 0:
-            total = tl.where(given_total >= 0, given_total, tl.sum(mass, 0))
-            bound = tl.where(share < 1.0, share * total.to(tl.float64), bound)
+    key, count_above, mass_above = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
+    bound_unit = tl.full((), 0, tl.int64)
+    ties = tl.full((), 0, tl.int64)
+    if PASS > 0:
+        at = sums + ((PASS - 1) * num_rows + row) * 32 + digit
+        count, mass = tl.load(at), tl.load(at + 16)
+        bound_unit = tl.where(given_total >= 0, given_total, tl.sum(mass, 0))
+        if PASS > 1:
+            at = states + ((PASS - 1) * num_rows + row) * 4
+            key, count_above = tl.load(at), tl.load(at + 1)
+            mass_above, bound_unit = tl.load(at + 2), tl.load(at + 3)
+        bound = tl.where(share < 1.0, share * bound_unit.to(tl.float64), float("inf"))
         # How much lies above each digit: all of the larger ones, and what lay above before.
-        larger = digit[None, :] > digit[:, None]
-        count_over = count_above + tl.sum(tl.where(larger, count[None, :], 0), 1)
-        mass_over = mass_above + tl.sum(tl.where(larger, mass[None, :], 0), 1)
+        count_over = count_above + tl.sum(count, 0) - tl.cumsum(count, 0)
+        mass_over = mass_above + tl.sum(mass, 0) - tl.cumsum(mass, 0)
         is_kept = (count_over < limit) & (mass_over.to(tl.float64) < bound)
         chosen = tl.min(tl.where(is_kept, digit, 15), 0)
         count_above = tl.sum(tl.where(digit == chosen, count_over, 0), 0)
         mass_above = tl.sum(tl.where(digit == chosen, mass_over, 0), 0)
-        key = (key << 4) | chosen.to(tl.uint32)
-    return key, count_above, mass_above, bound
+        ties = tl.sum(tl.where(digit == chosen, count, 0), 0)
+        key = (key << 4) | chosen.to(tl.int64)
+    return key, count_above, mass_above, bound_unit, ties
 
 
 @triton.jit
 def _pass(
     logits,
     tops,
-    counts,
-    masses,
+    states,
+    sums,
     temperatures,
     limits,
     shares,
     totals,
+    block_ties,
     stride,
     num_valid,
     num_blocks,
-    row_step,
-    pass_step,
+    num_rows,
     PASS: tl.constexpr,
     HAS_TOTALS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Counts 16 digits of the keys that match so far; the last pass, of 9, counts each block's ties."""
     row, block = tl.program_id(0), tl.program_id(1)
     limit, share = tl.load(limits + row).to(tl.int64), tl.load(shares + row)
     temperature = tl.load(temperatures + row)
     if (temperature > 0.0) & ((limit < num_valid) | (share < 1.0)):
-        total = tl.load(totals + row) if HAS_TOTALS else tl.full((), -1, tl.int64)
-        prefix, _, _, _ = _descend(counts, masses, row, row_step, pass_step, limit, share, total, PASS)
         ids = block * BLOCK + tl.arange(0, BLOCK)
         x = _load(logits, row, stride, ids, num_valid)
-        key = key_of(x)
+        top = row_max(tops, row, num_blocks, CANDIDATES)
+        total = tl.load(totals + row) if HAS_TOTALS else tl.full((), -1, tl.int64)
+        prefix, count, mass, unit, _ = _step(states, sums, row, limit, share, total, num_rows, PASS)
+        if (PASS > 0) & (block == 0):
+            at = states + (PASS * num_rows + row) * 4
+            tl.store(at, prefix)
+            tl.store(at + 1, count)
+            tl.store(at + 2, mass)
+            tl.store(at + 3, unit)
+        key = key_of(x).to(tl.int64)
         matches = ids < num_valid
         if PASS > 0:
             matches = matches & ((key >> (32 - 4 * PASS)) == prefix)
-        if tl.max(matches.to(tl.int32), 0) == 1:
+        if PASS == 8:
+            tl.store(block_ties + row * num_blocks + block, tl.sum(matches.to(tl.int32), 0))
+        elif tl.max(matches.to(tl.int32), 0) == 1:
             digit = ((key >> (28 - 4 * PASS)) & 15).to(tl.int32)
-            top = row_max(tops, row, num_blocks, CANDIDATES)
-            mass = (tl.exp2((x - top) * (_LOG2E / temperature)) * _UNIT).to(tl.int64)
-            at = PASS * pass_step + row * row_step
-            for value in tl.static_range(16):
-                mine = matches & (digit == value)
-                count = tl.sum(mine.to(tl.int32), 0)
-                if count > 0:
-                    tl.atomic_add(counts + at + value, count.to(tl.int64))
-                    tl.atomic_add(masses + at + value, tl.sum(tl.where(mine, mass, 0), 0))
+            weight = (tl.exp2((x - top) * (_LOG2E / temperature)) * _UNIT).to(tl.int64)
+            # Number and mass in one word: half the sums.
+            packed = tl.where(matches, weight + (tl.full((), 1, tl.int64) << _COUNT_BIT), 0)
+            value = tl.arange(0, 16)
+            sixteen = tl.zeros([16], tl.int64)
+            for one in tl.static_range(16):
+                part = tl.sum(tl.where(digit == one, packed, 0), 0)
+                sixteen = tl.where(value == one, part, sixteen)
+            at = sums + (PASS * num_rows + row) * 32 + value
+            count = sixteen >> _COUNT_BIT
+            tl.atomic_add(at, count, mask=count != 0)
+            tl.atomic_add(at + 16, sixteen - (count << _COUNT_BIT), mask=count != 0)
 
 
 @triton.jit
 def _finish(
     logits,
     tops,
-    counts,
-    masses,
+    states,
+    sums,
     temperatures,
     limits,
     shares,
-    min_ps,
     totals,
-    kept_masses,
+    block_ties,
+    min_ps,
     cuts,
     last_ids,
     stride,
     num_valid,
     num_blocks,
-    row_step,
-    pass_step,
+    num_rows,
     HAS_TOTALS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -157,36 +176,33 @@ def _finish(
     kept = tl.full((), -1, tl.int64)
     if (temperature > 0.0) & ((limit < num_valid) | (share < 1.0)):
         total = tl.load(totals + row) if HAS_TOTALS else tl.full((), -1, tl.int64)
-        key, above, mass_above, bound = _descend(counts, masses, row, row_step, pass_step, limit, share, total, 8)
-        cut = value_of(key)
-        at = 7 * pass_step + row * row_step + (key & 15).to(tl.int32)
-        ties = tl.load(counts + at)
-        each = tl.load(masses + at) // tl.maximum(ties, 1)
+        key, above, mass_above, unit, ties = _step(states, sums, row, limit, share, total, num_rows, 8)
+        cut = value_of(key.to(tl.uint32))
+        top = row_max(tops, row, num_blocks, CANDIDATES)
+        each = (tl.exp2((cut - top) * (_LOG2E / temperature)) * _UNIT).to(tl.int64)
         room = tl.minimum(ties, limit - above)
         if share < 1.0:
-            left = tl.ceil((bound - mass_above.to(tl.float64)) / tl.maximum(each, 1).to(tl.float64))
+            left = share * unit.to(tl.float64) - mass_above.to(tl.float64)
+            left = tl.ceil(left / tl.maximum(each, 1).to(tl.float64))
             room = tl.minimum(room, tl.maximum(left, 1.0).to(tl.int64))
         kept = tl.where(share < 1.0, -1, mass_above + room * each)  # the second search's total: top-k's alone
-        if room < ties:  # the room-th of the ids whose logit is the cut
-            found = tl.full((), 0, tl.int64)
-            start = tl.full((), 0, tl.int32)
-            while (found < room) & (start < num_valid):
-                ids = start + tl.arange(0, BLOCK)
-                x = _load(logits, row, stride, ids, num_valid)
-                tied = (key_of(x) == key) & (ids < num_valid)
-                here = tl.sum(tied.to(tl.int32), 0).to(tl.int64)
-                if found + here >= room:
-                    rank = found + tl.cumsum(tied.to(tl.int32), 0)
-                    last = tl.min(tl.where(tied & (rank == room), ids, _ANY_ID), 0)
-                found += here
-                start += BLOCK
+        if room < ties:  # the room-th of the ids whose logit is the cut: first its block, then its place
+            block = tl.arange(0, CANDIDATES)
+            here = tl.load(block_ties + row * num_blocks + block, mask=block < num_blocks, other=0)
+            before = (tl.cumsum(here, 0) - here).to(tl.int64)
+            found = tl.max(tl.where((before < room) & (here > 0), block, 0), 0)
+            skipped = tl.sum(tl.where(block == found, before, 0), 0)
+            ids = found * BLOCK + tl.arange(0, BLOCK)
+            tied = (key_of(_load(logits, row, stride, ids, num_valid)).to(tl.int64) == key) & (ids < num_valid)
+            rank = skipped + tl.cumsum(tied.to(tl.int32), 0)
+            last = tl.min(tl.where(tied & (rank == room), ids, _ANY_ID), 0)
     if (temperature > 0.0) & (min_p > 0.0):
         floor = row_max(tops, row, num_blocks, CANDIDATES) + temperature * tl.log(min_p)
         if floor > cut:
             cut, last = floor, tl.full((), _ANY_ID, tl.int32)
     tl.store(cuts + row, cut)
     tl.store(last_ids + row, last)
-    tl.store(kept_masses + row, kept)
+    tl.store(totals + row, kept)
 
 
 def find_cuts(
@@ -220,13 +236,14 @@ def find_cuts(
     limits_R = torch.where(is_limited, top_ks_R.long(), valid)
     all_R = torch.ones_like(top_ps_R)
     searches = [torch.where(is_limited, all_R, top_ps_R), top_ps_R] if has_both else [top_ps_R]
+    block_ties = torch.empty((rows, num_blocks), dtype=torch.int32, device=device)
+    states = torch.empty((_PASSES + 1, rows, 4), dtype=torch.int64, device=device)
     for number, shares_R in enumerate(searches):
-        # counts and masses [2, passes, R, 16]
-        sums = torch.zeros((2, _DIGITS, rows, 16), dtype=torch.int64, device=device)
-        common = (logits_RV.stride(0), valid, num_blocks, 16, rows * 16)
+        sums = torch.zeros((_PASSES, rows, 2, 16), dtype=torch.int64, device=device)
         shape = {"HAS_TOTALS": number > 0, "CANDIDATES": triton.next_power_of_2(num_blocks), "BLOCK": BLOCK}
-        inputs = (logits_RV, tops, sums[0], sums[1], temperatures_R, limits_R, shares_R)
-        for step in range(_DIGITS):
-            _pass[(rows, num_blocks)](*inputs, totals, *common, **shape, PASS=step)
-        _finish[(rows,)](*inputs, min_ps_R, totals, totals, cuts, last_ids, *common, **shape)
+        inputs = (logits_RV, tops, states, sums, temperatures_R, limits_R, shares_R, totals, block_ties)
+        extent = (logits_RV.stride(0), valid, num_blocks, rows)
+        for step in range(_PASSES + 1):
+            _pass[(rows, num_blocks)](*inputs, *extent, **shape, PASS=step)
+        _finish[(rows,)](*inputs, min_ps_R, cuts, last_ids, *extent, **shape)
     return cuts, last_ids

@@ -23,47 +23,63 @@ _NO_ID = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _propose(
+def _collect(
     logits,
+    cuts,
+    last_ids,
+    found,
+    found_ids,
+    found_logits,
+    stride,
+    num_valid,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes the kept tokens of one block of a row behind those of the blocks that came before it, in any order."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    x = load_block(logits, row, stride, ids, 0, num_valid, num_valid, cuts, last_ids, True)
+    kept = x > float("-inf")
+    here = tl.sum(kept.to(tl.int32), 0)
+    if here > 0:
+        to = tl.atomic_add(found + row, here) + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.store(found_ids + row * ENTRIES + to, ids, mask=kept & (to < ENTRIES))
+        tl.store(found_logits + row * ENTRIES + to, x, mask=kept & (to < ENTRIES))
+
+
+@triton.jit
+def _propose(
     seeds,
     positions,
     samples,
     temperatures,
-    cuts,
-    last_ids,
+    found,
     found_ids,
     found_logits,
     tokens,
     ids_out,
     probs_out,
-    stride,
-    num_valid,
     PURPOSE: tl.constexpr,
     ENTRIES: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    found = tl.full((), 0, tl.int32)
-    for start in range(0, num_valid, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        x = load_block(logits, row, stride, ids, 0, num_valid, num_valid, cuts, last_ids, True)
-        kept = x > float("-inf")
-        here = tl.sum(kept.to(tl.int32), 0)
-        if here > 0:
-            to = row * ENTRIES + found + tl.cumsum(kept.to(tl.int32), 0) - 1
-            tl.store(found_ids + to, ids, mask=kept)
-            tl.store(found_logits + to, x, mask=kept)
-            found += here
-    tl.debug_barrier()  # what all threads stored is read by others
+    num_found = tl.load(found + row)
     entry = tl.arange(0, ENTRIES)
-    exists = entry < found
+    exists = entry < num_found
     ids = tl.load(found_ids + row * ENTRIES + entry, mask=exists, other=_NO_ID)
     x = tl.load(found_logits + row * ENTRIES + entry, mask=exists, other=float("-inf"))
     again = tl.arange(0, ENTRIES)  # the same entries along the other axis
-    others = tl.load(found_logits + row * ENTRIES + again, mask=again < found, other=float("-inf"))
-    # Entries stand in order of id, so of equals the earlier one comes first.
-    is_before = (others[None, :] > x[:, None]) | ((others[None, :] == x[:, None]) & (again[None, :] < entry[:, None]))
-    rank = tl.sum((is_before & (again < found)[None, :]).to(tl.int32), 1)
+    others = tl.load(found_logits + row * ENTRIES + again, mask=again < num_found, other=float("-inf"))
+    other_ids = tl.load(found_ids + row * ENTRIES + again, mask=again < num_found, other=_NO_ID)
+    is_before = (others[None, :] > x[:, None]) | ((others[None, :] == x[:, None]) & (other_ids[None, :] < ids[:, None]))
+    rank = tl.sum((is_before & (again < num_found)[None, :]).to(tl.int32), 1)
+    to = row * ENTRIES + tl.where(exists, rank, entry)
+    tl.store(ids_out + to, ids)
+    tl.store(probs_out + to, x)
+    tl.debug_barrier()  # all entries are there before they're read by rank: an order in which the sum has the same bits
+    at = row * ENTRIES + entry
+    ids, x = tl.load(ids_out + at), tl.load(probs_out + at)
+    tl.debug_barrier()
     temperature = tl.load(temperatures + row)
     weight = tl.exp((x - tl.max(x, 0)) / tl.where(temperature > 0.0, temperature, 1.0))
     weight = tl.where(exists, weight, 0.0)
@@ -71,10 +87,9 @@ def _propose(
     noise = gumbel_at(tl.load(seeds + row), tl.load(positions + row), tl.load(samples + row), PURPOSE, ids)
     score = tl.where(q > 0.0, tl.log(q.to(tl.float64)) + noise.to(tl.float64), float("-inf"))
     _, token = best_of(score, ids)
-    to = row * ENTRIES + tl.where(exists, rank, entry)
     tl.store(tokens + row, token.to(tl.int64))
-    tl.store(ids_out + to, tl.where(q > 0.0, ids, 0))
-    tl.store(probs_out + to, q)
+    tl.store(ids_out + at, tl.where(q > 0.0, ids, 0))
+    tl.store(probs_out + at, q)
 
 
 def propose(
@@ -103,24 +118,14 @@ def propose(
     found_ids, ids = (torch.empty((rows, NUM_ENTRIES), dtype=torch.int32, device=device) for _ in range(2))
     found_logits, probs = (torch.empty((rows, NUM_ENTRIES), dtype=torch.float32, device=device) for _ in range(2))
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    found = torch.zeros(rows, dtype=torch.int32, device=device)
+    _collect[(rows, triton.cdiv(valid, BLOCK))](
+        logits_RV, cuts, last_ids, found, found_ids, found_logits, logits_RV.stride(0), valid,
+        ENTRIES=NUM_ENTRIES, BLOCK=BLOCK,
+    )  # fmt: skip
     _propose[(rows,)](
-        logits_RV,
-        draws.seeds_R,
-        draws.positions_R,
-        draws.samples_R,
-        draws.temperatures_R,
-        cuts,
-        last_ids,
-        found_ids,
-        found_logits,
-        tokens,
-        ids,
-        probs,
-        logits_RV.stride(0),
-        valid,
-        PURPOSE=_DRAFT,
-        ENTRIES=NUM_ENTRIES,
-        BLOCK=BLOCK,
-        enable_fp_fusion=False,
-    )
+        draws.seeds_R, draws.positions_R, draws.samples_R, draws.temperatures_R,
+        found, found_ids, found_logits, tokens, ids, probs,
+        PURPOSE=_DRAFT, ENTRIES=NUM_ENTRIES, enable_fp_fusion=False,
+    )  # fmt: skip
     return tokens, ids, probs

@@ -86,7 +86,7 @@ class FakeEngine:
             self.running[request_id] = asyncio.create_task(self._generate(request_id, prompt, param))
 
     async def _generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
-        limit = params.max_tokens or 100_000
+        limit = min(params.max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(prompt))
         text = (self.text * (limit // len(self.text) + 1))[:limit]
         for stop in params.stop:
             text = text.split(stop)[0]

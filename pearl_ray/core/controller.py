@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pearl_ray.core.blocks import BlockPool
-from pearl_ray.core.errors import QueueFullError, ReplicaDivergedError, RequestRefusedError
+from pearl_ray.core.errors import ConfigError, QueueFullError, ReplicaDivergedError, RequestRefusedError
 from pearl_ray.core.messages import (
     Change,
     DraftSummary,
@@ -101,7 +101,7 @@ class Controller:
             seed=seed,
             rejection=(params.verification or config.verification) == "rejection",
             eos_token_ids=config.eos_token_ids,
-            max_model_len=config.max_model_len,
+            max_total=self._longest(len(prompt_ids), params),
             decode=self._decode,
             now=self._clock(),
         )
@@ -125,10 +125,12 @@ class Controller:
                 f"the prompt has {len(prompt_ids)} tokens and max_model_len is {config.max_model_len}; "
                 "shorten the prompt (one token at least must be left for the answer)"
             )
-        budget = params.max_tokens if params.max_tokens is not None else config.max_model_len
-        total = min(len(prompt_ids) + budget, config.max_model_len)
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            if any(token >= config.vocab_size for token in ids):
+                raise ConfigError(name, getattr(params, name), f"token ids below {config.vocab_size}")
         room = self._residents.room
-        if total > room:
+        if self._longest(len(prompt_ids), params) > room or len(prompt_ids) >= room:
+            total = len(prompt_ids) + (params.max_tokens or 1)
             raise RequestRefusedError(
                 f"the request needs a cache of {total} tokens (prompt and max_tokens) and there are {room}; "
                 "lower max_tokens or raise kv_cache_blocks"
@@ -138,6 +140,12 @@ class Controller:
             raise QueueFullError(
                 f"{len(self._waiting)} sequences wait and max_waiting_requests is {limit}; retry later"
             )
+
+    def _longest(self, num_prompt: int, params: SamplingParams) -> int:
+        """Tokens, prompt included, at which an answer ends; without max_tokens it may take all there is."""
+        if params.max_tokens is None:
+            return min(self.config.max_model_len, self._residents.room)
+        return min(num_prompt + params.max_tokens, self.config.max_model_len)
 
     def _has_room(self, count: int) -> bool:
         return not self._waiting and len(self._residents.running) + count <= self.config.max_num_seqs

@@ -218,15 +218,13 @@ def make_request(
     seed: int,
     rejection: bool,
     eos_token_ids: frozenset[int],
-    max_model_len: int,
+    max_total: int,
     decode: Callable[[list[int]], str],
     now: float,
 ) -> Request:
-    """A request with its waiting answers; lengths must have been checked."""
+    """A request with its waiting answers, which end at ``max_total`` tokens, prompt included, at the latest."""
     ids = list(prompt_ids)
     request = Request(request_id, prompt, ids, params, seed, rejection, eos_token_ids, now, decode)
-    budget = params.max_tokens if params.max_tokens is not None else max_model_len
-    max_total = min(len(ids) + budget, max_model_len)
     for index in range(params.n):
         detokenizer = Detokenizer(decode, ids, stop=params.stop, min_tokens=params.min_tokens)
         request.answers.append(Answer(request, index, max_total, detokenizer))

@@ -1,8 +1,8 @@
 """Grammars: which tokens may come next so that an answer fits its schema, regex or choice. Knows no logits, no rounds.
 
-llguidance parses (docs/decisions/0009-structured-output.md): its matcher walks bytes, so any spelling of the answer in
-tokens is allowed. What ends an answer is kept here: its matcher is never given an end-of-text token, so that rolling
-back is always a count of tokens it took.
+llguidance parses (docs/decisions/0009-structured-output.md). Its matcher walks bytes, so an answer may be spelled in any
+tokens; only where the next bytes are forced does it ask for the tokenizer's own spelling of them. What ends an answer
+is kept here: the matcher is never given an end-of-text token, so that rolling back is always a count of tokens it took.
 
 Shapes: V = ``num_valid`` token ids.
 """
@@ -61,13 +61,11 @@ class GrammarCompiler:
         """
         if not self._end_V.any():
             raise ConfigError("structured_outputs", wanted, "a model with an end-of-text token")
-        state = self.state(wanted)
-        if not state.is_complete and state.mask_after(()) is self._end_V:
-            raise ConfigError(*_field(wanted), "the model has no tokens to spell an answer with")
+        self._matcher(wanted)
 
     def state(self, wanted: StructuredOutputsParams) -> GrammarState:
         """A fresh state, at the beginning of an answer. Raises ``ConfigError`` as :meth:`check`."""
-        return GrammarState(self._matcher(wanted).deep_copy(), self._eos, self._end_V)
+        return GrammarState(self._matcher(wanted), self._eos, self._end_V)
 
     def _compile(self, wanted: StructuredOutputsParams) -> LLMatcher:
         try:
@@ -84,8 +82,10 @@ class GrammarCompiler:
 class GrammarState:
     """Where one sequence stands in its grammar: at the end of its committed tokens."""
 
-    def __init__(self, matcher: LLMatcher, eos_token_ids: frozenset[int], end_V: torch.Tensor) -> None:
-        self._matcher = matcher
+    def __init__(self, fresh: LLMatcher, eos_token_ids: frozenset[int], end_V: torch.Tensor) -> None:
+        self._fresh = fresh  # shared: only ever copied
+        self._matcher = fresh.deep_copy()
+        self._taken: list[int] = []
         self._eos = eos_token_ids
         self._end_V = end_V
         self._ended = False
@@ -104,7 +104,9 @@ class GrammarState:
                 return
             if token in self._eos:
                 self._ended = True
-            elif self._matcher.try_consume_tokens([token]) != 1:
+            elif self._matcher.try_consume_tokens([token]) == 1:
+                self._taken.append(token)
+            else:
                 logger.warning("a grammar refuses a token that it allowed (%s)", _reason(self._matcher.get_error()))
                 self._ended = True
 
@@ -114,19 +116,19 @@ class GrammarState:
         None behind a token that its own mask forbids: it will be rejected, and what follows it never read. The state
         stays where it was.
         """
-        masks: list[torch.Tensor | None] = [self._mask(self._ended)]
+        masks = [self._mask(self._ended)]
         ended, taken = self._ended, 0
         for token in window:
-            ended = ended or (token in self._eos and self._matcher.is_accepting())
+            if token >= len(self._end_V) or not masks[-1][token]:
+                break
+            ended = ended or token in self._eos
             if not ended:
                 if self._matcher.try_consume_tokens([token]) != 1:
                     break
                 taken += 1
-            elif token not in self._eos:
-                break
             masks.append(self._mask(ended))
-        self._matcher.rollback(taken)
-        return masks + [None] * (len(window) + 1 - len(masks))
+        self._step_back(taken)
+        return [*masks, *[None] * (len(window) + 1 - len(masks))]
 
     def mask_after(self, window: Sequence[int]) -> torch.Tensor | None:
         """The last of :meth:`masks_along`, without the others; None also where no id below V may follow."""
@@ -134,8 +136,16 @@ class GrammarState:
         words = [] if self._ended else list(window[:ended])
         taken = self._matcher.try_consume_tokens(words) if words else 0
         mask_V = self._mask(self._ended or ended < len(window)) if taken == len(words) else None
-        self._matcher.rollback(taken)
+        self._step_back(taken)
         return mask_V if mask_V is not None and bool(mask_V.any()) else None
+
+    def _step_back(self, count: int) -> None:
+        """Forget the last tokens. A matcher in error (a dead end, a limit) never leaves it, and is made anew."""
+        if self._matcher.is_error():
+            self._matcher = self._fresh.deep_copy()
+            self._matcher.consume_tokens(self._taken)
+        elif count:
+            self._matcher.rollback(count)
 
     def _mask(self, ended: bool) -> torch.Tensor:
         """The mask where the matcher stands; the end of the text alone where nothing else can follow."""
@@ -169,5 +179,5 @@ def _reason(error: str) -> str:
     verdict = re.search(r"^error: (.+)$", text, re.MULTILINE)
     line = verdict[1] if verdict else text.strip().partition("\n")[0]
     if line in ("NoExtension", "NoExtensionBias"):
-        return "no text matches it"
+        return "no text of the model's tokens matches it"
     return re.sub(r"^at \d+\(\d+\): ", "", line)[:300] or "llguidance refuses it"

@@ -77,7 +77,6 @@ class ServerSettings:
         body_timeout_s: a request body that takes longer to arrive is refused with 408.
         max_concurrent_requests: generating requests at one time; more are refused with 429.
         max_choices: prompts times ``n`` of one request.
-        shutdown_timeout_s: how long running requests may go on after SIGTERM.
         cors_origins: origins whose pages may call the API; empty: none.
         log_format: of the log lines, one per request among them; no prompt or answer is ever in one.
     """
@@ -90,7 +89,6 @@ class ServerSettings:
     body_timeout_s: float = 30.0
     max_concurrent_requests: int = 1024
     max_choices: int = 256
-    shutdown_timeout_s: float = 30.0
     cors_origins: tuple[str, ...] = ()
     log_format: LogFormat = "text"
 

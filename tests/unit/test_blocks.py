@@ -29,7 +29,7 @@ def residents(target: BlockPool, draft: BlockPool | None) -> tuple[Residents, ob
         seed=0,
         rejection=False,
         eos_token_ids=frozenset(),
-        max_model_len=64,
+        max_total=29,
         decode=str,
         now=0.0,
     )

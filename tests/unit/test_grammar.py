@@ -10,7 +10,6 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from pearl_ray.core.schedule import Limits
 from pearl_ray.core.verify import Segment, Verdict, verify
 from pearl_ray.model.grammar import GrammarCompiler, GrammarState
 from pearl_ray.model.tokenizer import Tokenizer
-from tests.distribution import NUM_TOKENS, PROMPT, VOCAB, Draw, Machine, Setting, counts_of, draws_of, p_value
+from tests.distribution import NUM_TOKENS, VOCAB, Draw, Machine, Setting, counts_of, draws_of, p_value
 from tests.distribution import _next_token as exact_next_token
 from tests.tiny import BOS_ID, EOS_ID, JSON_PIECES, tiny_tokenizer
 
@@ -65,6 +64,13 @@ def allowed_by(language: Sequence[str], tokenizer: Tokenizer, tokens: Sequence[i
     return ids | ({EOS_ID} if said.decode(errors="replace") in language else set())
 
 
+def is_forced(language: Sequence[str], tokenizer: Tokenizer, tokens: Sequence[int]) -> bool:
+    """Whether all answers go on with the same byte: there only the tokenizer's own spelling is asked for."""
+    said = b"".join(tokenizer.token_bytes(t) for t in tokens)
+    texts = [word.encode() for word in language]
+    return len({text[len(said) :][:1] for text in texts if text.startswith(said)}) == 1
+
+
 @functools.cache
 def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
     return tokenizer.token_bytes(token)
@@ -86,7 +92,7 @@ def test_each_row_of_a_window_allows_what_continues_its_own_prefix_and_the_state
         window: list[int] = []
         for _ in range(chance.randint(0, 6)):
             able = sorted(allowed_by(language, tokenizer, committed + window, num_valid))
-            window.append(chance.choice(able) if chance.random() < 0.9 else chance.randrange(num_valid))
+            window.append(chance.choice(able) if able and chance.random() < 0.9 else chance.randrange(num_valid))
         masks = state.masks_along(window)
         assert len(masks) == len(window) + 1
         valid = True
@@ -96,11 +102,16 @@ def test_each_row_of_a_window_allows_what_continues_its_own_prefix_and_the_state
             if not valid:
                 assert mask_V is None
                 continue
-            assert ids_of(mask_V) == expected == ids_of(after)
-            valid = i == len(window) or window[i] in expected
-        step = list(itertools.takewhile(lambda t: t in allowed_by(language, tokenizer, committed, num_valid), window))
-        state.accept(step[:1])
-        committed += step[:1]
+            forced = is_forced(language, tokenizer, committed + window[:i])
+            assert ids_of(mask_V) == ids_of(after) and (ids_of(mask_V) == expected or forced)
+            assert ids_of(mask_V) and ids_of(mask_V) <= expected
+            fresh = compiler.state(wanted)
+            fresh.accept(committed + window[:i])
+            assert ids_of(fresh.mask_after([])) == ids_of(mask_V)
+            valid = i == len(window) or window[i] in ids_of(mask_V)
+        step = window[:1] if window and window[0] in ids_of(masks[0]) else []
+        state.accept(step)
+        committed += step
         assert state.num_accepted == len(committed)
 
 
@@ -152,17 +163,13 @@ def test_a_sequence_that_joins_again_stands_where_its_committed_output_ends() ->
     prompt, output = spelled("xyz"), spelled("ab")
     replica.apply(PlanDiff(1, [joined(5, prompt, 3, params), joined(7, prompt + output, 3, params)]))
     first, again = replica.sequences[5], replica.sequences[7]
-    assert ids_of(grammars.masked_after(first, first.row(3), []).allowed) == {*spelled("a"), *_whole("ab")}
+    assert ids_of(grammars.masked_after(first, first.row(3), []).allowed) == {*spelled("a")}
     assert ids_of(grammars.masked_after(again, again.row(5), []).allowed) == {*spelled("cd")}
     first.tokens += output  # as a verdict commits them
     rows = grammars.masked_window(first, [first.row(5), first.row(6)], spelled("c"))
     assert [ids_of(row.allowed) for row in rows] == [{*spelled("cd")}, {EOS_ID}]
     grammars.drop_absent({7})
     assert list(grammars._states) == [7]
-
-
-def _whole(piece: str) -> list[int]:
-    return [JSON_PIECES.index(piece) + 2]
 
 
 def test_where_min_tokens_leaves_nothing_the_grammar_prevails() -> None:
@@ -209,9 +216,9 @@ def test_bad_fields_are_refused_in_one_short_line(fields: dict[str, object], wor
         (Wanted(regex="(a"), r"regex='\(a' is not allowed: unclosed group"),
         (Wanted(regex="a(?=b)"), "look-around"),
         (Wanted(regex=r"(a)\1"), "backreferences are not supported"),
-        (Wanted(regex=r"[^\s\S]"), "no text matches it"),
+        (Wanted(regex=r"[^\s\S]"), "no text of the model's tokens matches it"),
         (Wanted(regex="ñ" * 2000 + "("), "unclosed group"),
-        (Wanted(regex="😀"), "the model has no tokens to spell an answer with"),
+        (Wanted(regex="😀"), "no text of the model's tokens matches it"),
         (Wanted(json={"type": "strin"}), "Invalid type: strin"),
         (Wanted(json={"type": "integer", "minimum": 3, "maximum": 1}), "Unsatisfiable schema"),
         (Wanted(json={"properties": {"a": {"not": {}}}}), "Unimplemented keys"),
@@ -245,127 +252,210 @@ def test_params_hold_the_schema_as_text_and_travel_in_a_message() -> None:
 
 # -- the distribution that masks leave -----------------------------------------------------------------------------
 
-PIECES = ("a", "b", "c", "ab", "bc")  # the table model's ids 1 to 5; 0 ends the text
-STRINGS = ["".join(s) for n in range(9) for s in itertools.product("abc", repeat=n)]
+FILTERS = {"top_k": 4, "top_p": 0.95, "repetition_penalty": 1.4, "frequency_penalty": 0.5, "logit_bias": {4: 1.0}}
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A grammar, and the five pieces (the table model's ids 1 to 5; 0 ends the text) that its answers are spelled in."""
+
+    wanted: Wanted
+    pieces: tuple[str, ...]
+    is_answer: Callable[[str], bool]
+    options: dict[str, object] = field(default_factory=dict)
+
+    @functools.cached_property
+    def setting(self) -> Setting:
+        return Setting(str(self.wanted), SamplingParams(structured_outputs=self.wanted, **self.options))
+
+    @functools.cached_property
+    def language(self) -> list[str]:
+        """Every answer that three tokens can be the beginning of: what they leave open ends in five characters."""
+        letters = sorted({c for piece in self.pieces for c in piece})
+        texts = ("".join(s) for n in range(9) for s in itertools.product(letters, repeat=n))
+        return [text for text in texts if self.is_answer(text)]
+
+    @functools.cached_property
+    def compiler(self) -> GrammarCompiler:
+        return GrammarCompiler(Tokenizer(tiny_tokenizer(self.pieces)), VOCAB + 1)
+
+
+def _is_object(text: str) -> bool:
+    return text[:1] == "{" and text[-1:] == "}" and isinstance(_parsed(text), dict)
+
+
+def _is_short_array(text: str) -> bool:
+    value = _parsed(text) if text[:1] == "[" else None
+    return isinstance(value, list) and len(value) <= 2 and all(v in (1, 12, 121) for v in value)
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+CHOICES = ("a", "ab", "abc", "bca", "cabb", "cc")
+SCHEMA = {"type": "array", "items": {"enum": [1, 12, 121]}, "maxItems": 2}
+LETTERS = ("a", "b", "c", "ab", "bc")
 KINDS = {
-    "choice": Wanted(choice=["a", "ab", "abc", "bca", "cabb", "cc"]),
-    "regex": Wanted(regex="(a|bc)+c?|b"),
-}
-PARAMS = {
-    "plain": SamplingParams(),
-    "filters and penalties": SamplingParams(
-        temperature=1.3, top_k=4, top_p=0.95, repetition_penalty=1.4, frequency_penalty=0.5, logit_bias={4: 1.0}
+    "choice": Kind(Wanted(choice=CHOICES), LETTERS, CHOICES.__contains__),
+    "regex": Kind(
+        Wanted(regex="(a|bc)+c?|b"), LETTERS, lambda t: re.fullmatch("(a|bc)+c?|b", t) is not None, FILTERS
     ),
+    "json": Kind(Wanted(json=SCHEMA), ("[", "]", ",", "1", "2"), _is_short_array, {"temperature": 1.4}),
+    "json_object": Kind(Wanted(json_object=True), ("{", "}", '"', ":", "1"), _is_object),
 }
-Along = Callable[[GrammarState, Sequence[int]], list[torch.Tensor | None]]
+KIND_OF = {kind.wanted: kind for kind in KINDS.values()}
+Masks = list[torch.Tensor | None]
 
 
-@functools.cache
-def tiny_compiler() -> GrammarCompiler:
-    tokenizer = Tokenizer(tiny_tokenizer(PIECES))
-    ids = {piece: i for i, piece in enumerate(tokenizer.tokens)}
-    order = [ids[p] for p in ("<|end|>", *PIECES)]
-    assert order == [0, 2, 3, 4, 5, 6]  # id 1 is the tokenizer's own: see _as_ids
-    return GrammarCompiler(tokenizer, VOCAB + 1)
+def exact_distribution(kind: Kind) -> np.ndarray:
+    """Constrained AR, enumerated: each token's softmax over what some answer of the language goes on with."""
+    exact, rows = np.zeros((VOCAB,) * NUM_TOKENS), {}
+    for tokens in itertools.product(range(VOCAB), repeat=NUM_TOKENS):
+        exact[tokens] = 1.0
+        for i, token in enumerate(tokens):
+            if exact[tokens] > 0.0 and tokens[:i] not in rows:
+                able = torch.tensor([_may_follow(kind, tokens[:i], v) for v in range(VOCAB)])
+                rows[tokens[:i]] = exact_next_token(replace(kind.setting, grammar=(able,) * VOCAB), list(tokens[:i]))
+            exact[tokens] *= rows[tokens[:i]][token] if exact[tokens] > 0.0 else 0.0
+    return exact
 
 
-def _as_ids(tokens: Sequence[int]) -> list[int]:
+def _may_follow(kind: Kind, tokens: Sequence[int], token: int) -> bool:
+    if 0 in tokens:
+        return token == 0
+    said = "".join(kind.pieces[t - 1] for t in tokens)
+    if token == 0:
+        return said in kind.language
+    return any(text.startswith(said + kind.pieces[token - 1]) for text in kind.language)
+
+
+def _spelled(tokens: Sequence[int]) -> list[int]:
     """The table model's tokens as the tokenizer's, which has a start token at 1."""
     return [t + (t > 0) for t in tokens]
 
 
-def _as_table(mask_V: torch.Tensor | None) -> torch.Tensor | None:
-    return None if mask_V is None else torch.cat([mask_V[:1], mask_V[2:]])
+def _of_table(masks: Masks) -> Masks:
+    return [None if mask_V is None else torch.cat([mask_V[:1], mask_V[2:]]) for mask_V in masks]
 
 
-def language_of(kind: str) -> list[str]:
-    wanted = KINDS[kind]
-    return list(wanted.choice or [s for s in STRINGS if re.fullmatch(wanted.regex or "", s)])
+@functools.cache
+def masks_of(wanted: Wanted, output: tuple[int, ...], window: tuple[int, ...]) -> Masks:
+    """Those of a fresh state behind ``output``."""
+    state = KIND_OF[wanted].compiler.state(wanted)
+    state.accept(_spelled(output))
+    return _of_table(state.masks_along(_spelled(window)))
 
 
-def exact_distribution(setting: Setting) -> np.ndarray:
-    """Constrained AR, enumerated: each token's softmax over what some answer of the language goes on with."""
-    language, exact = language_of(setting.name.split()[0]), np.zeros((VOCAB,) * NUM_TOKENS)
-    rows: dict[tuple[int, ...], np.ndarray] = {}
-    for tokens in itertools.product(range(VOCAB), repeat=NUM_TOKENS):
-        exact[tokens] = 1.0
-        for i, token in enumerate(tokens):
-            if exact[tokens] == 0.0:
-                break
-            if tokens[:i] not in rows:
-                able = torch.tensor([_may_follow(language, tokens[:i], v) for v in range(VOCAB)])
-                rows[tokens[:i]] = exact_next_token(replace(setting, grammar=(able,) * VOCAB), list(tokens[:i]))
-            exact[tokens] *= rows[tokens[:i]][token]
-    return exact
+def remembered(seed: int, wanted: Wanted, output: tuple[int, ...], window: tuple[int, ...]) -> Masks:
+    """What many requests share, so that there can be many."""
+    return masks_of(wanted, output, window)
 
 
-def _may_follow(language: Sequence[str], tokens: Sequence[int], token: int) -> bool:
-    if 0 in tokens:
-        return token == 0
-    said = "".join(PIECES[t - 1] for t in tokens)
-    return said in language if token == 0 else any(w.startswith(said + PIECES[token - 1]) for w in language)
+@dataclass(slots=True)
+class KeptStates:
+    """The masks of one state per request that goes from round to round; ``along`` is where a test breaks it."""
+
+    along: Callable[[GrammarState, list[int]], Masks]
+    states: dict[int, GrammarState] = field(default_factory=dict)
+
+    def __call__(self, seed: int, wanted: Wanted, output: tuple[int, ...], window: tuple[int, ...]) -> Masks:
+        if seed not in self.states:
+            self.states[seed] = KIND_OF[wanted].compiler.state(wanted)
+        self.states[seed].accept(_spelled(output[self.states[seed].num_accepted :]))
+        return _of_table(self.along(self.states[seed], _spelled(window)))
 
 
 @dataclass(slots=True)
 class GrammarMachine(Machine):
-    """The machine with a grammar's state per request, as a target shard and (``masks_draft``) a draft shard keep one.
+    """The machine with grammars on the target's rows, and on the draft's if ``masks_draft``."""
 
-    ``along`` is where a test breaks it.
-    """
-
-    along: Along = GrammarState.masks_along
-    masks_draft: bool = True
-    states: dict[tuple[str, int], GrammarState] = field(default_factory=dict)
+    masks: Callable[[int, Wanted, tuple[int, ...], tuple[int, ...]], Masks] = remembered
+    masks_draft: bool = False
 
     def __post_init__(self) -> None:
         self.judge = self._judge
 
     def _judge(self, logits: torch.Tensor, segments: Sequence[Segment]) -> list[Verdict]:
-        return verify(logits, [self._masked(segment) for segment in segments], num_valid=VOCAB)
-
-    def _masked(self, segment: Segment) -> Segment:
-        state = self._state("target", segment.rows[0])
-        masks = self.along(state, _as_ids(segment.tested[: len(segment.rows) - 1]))
-        pairs = zip(segment.rows, masks, strict=True)
-        return replace(segment, rows=tuple(replace(row, allowed=_as_table(mask_V)) for row, mask_V in pairs))
-
-    def _state(self, side: str, row: Row) -> GrammarState:
-        state = self.states.get((side, row.seed))
-        if state is None:
-            kind = "choice" if row.params.min_tokens == 0 else "regex"
-            state = self.states[side, row.seed] = tiny_compiler().state(KINDS[kind])
-        return state
-
-    def _round(self, draws: Sequence[Draw], num_new: Sequence[int]) -> None:
-        for d in draws:
-            for side in ("target", "draft"):
-                state = self.states.get((side, d.seed))
-                if state is None:
-                    state = self.states[side, d.seed] = tiny_compiler().state(KINDS[d.setting.name.split()[0]])
-                state.accept(_as_ids(d.output[state.num_accepted :]))
-        Machine._round(self, draws, num_new)
+        masks: Masks = []
+        for segment in segments:
+            first, followed = segment.rows[0], segment.tested[: len(segment.rows) - 1]
+            masks += self.masks(first.seed, first.params.structured_outputs, tuple(first.output), followed)
+        allowed_RV = torch.stack([ALL if mask_V is None else mask_V for mask_V in masks])
+        return verify(logits[:, :VOCAB].masked_fill(~allowed_RV, -torch.inf), segments)
 
     def _row(self, draw: Draw, output: tuple[int, ...], *, grammar: bool) -> Row:
         row = Machine._row(self, draw, output, grammar=False)
         if grammar or not self.masks_draft:
             return row
-        state = self.states["draft", draw.seed]
-        return replace(row, allowed=_as_table(state.mask_after(_as_ids(output[len(draw.output) :]))))
+        committed = tuple(draw.output)
+        masks = masks_of(draw.setting.params.structured_outputs, committed, output[len(committed) :])
+        return replace(row, allowed=masks[-1])
 
 
-SETTINGS = [Setting(f"{kind} {name}", params) for kind in KINDS for name, params in PARAMS.items()]
+ALL = torch.ones(VOCAB, dtype=torch.bool)
+SETTINGS = [kind.setting for kind in KINDS.values()]
 
 
 @functools.cache
-def outputs(mode: str, masks_draft: bool) -> list[Draw]:
-    draws = draws_of(SETTINGS, (False, True), DRAWS if mode == "pearl" else 500, engine_seed=3)
-    GrammarMachine(mode, masks_draft=masks_draft).run(draws)
+def outputs() -> list[Draw]:
+    draws = draws_of(SETTINGS, (False, True), DRAWS, engine_seed=3)
+    GrammarMachine("pearl").run(draws)
     return draws
 
 
 @pytest.mark.parametrize("rejection", [False, True], ids=["coupled", "rejection"])
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
-def test_the_next_three_tokens_follow_the_distribution_of_constrained_ar(setting: Setting, rejection: bool) -> None:
-    counts = counts_of(outputs("pearl", True), setting, rejection)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_three_tokens_follow_the_distribution_of_constrained_ar(kind: str, rejection: bool) -> None:
+    counts = counts_of(outputs(), KINDS[kind].setting, rejection)
     assert counts.sum() == DRAWS
-    assert p_value(counts, exact_distribution(setting)) > FALSE_ALARM
+    assert p_value(counts, exact_distribution(KINDS[kind])) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coupled_text_is_the_same_in_every_mode_whether_the_draft_knows_the_grammar_or_not(kind: str) -> None:
+    texts = []
+    for mode, masks_draft in (("ar", False), ("sd", True), ("sd", False), ("pearl", True), ("pearl", False)):
+        draws = draws_of([KINDS[kind].setting], (False,), 200, engine_seed=5)
+        GrammarMachine(mode, masks=KeptStates(GrammarState.masks_along), masks_draft=masks_draft).run(draws)
+        texts.append([d.output[:NUM_TOKENS] for d in draws])
+    assert all(text == texts[0] for text in texts)
+
+
+def _not_rolled_back(state: GrammarState, window: list[int]) -> Masks:
+    masks = state.masks_along(window)
+    state._matcher.try_consume_tokens(window)
+    return masks
+
+
+def _of_the_row_before(state: GrammarState, window: list[int]) -> Masks:
+    masks = state.masks_along(window)
+    return [masks[0], *masks[:-1]]
+
+
+def _none_behind_the_first(state: GrammarState, window: list[int]) -> Masks:
+    return [*state.masks_along([]), *[None] * len(window)]
+
+
+@pytest.mark.parametrize("rejection", [False, True], ids=["coupled", "rejection"])
+@pytest.mark.parametrize(
+    ("along", "is_broken"),
+    [
+        (GrammarState.masks_along, False),
+        (_not_rolled_back, True),
+        (_of_the_row_before, True),
+        (_none_behind_the_first, True),
+    ],
+    ids=["whole", "not rolled back", "of the row before", "none behind the first"],
+)
+def test_the_comparison_sees_masks_that_are_not_rolled_back_or_of_another_row(
+    along: Callable[[GrammarState, list[int]], Masks], is_broken: bool, rejection: bool
+) -> None:
+    kind = KINDS["regex"]
+    draws = draws_of([kind.setting], (rejection,), 1_000, engine_seed=7)
+    GrammarMachine("pearl", masks=KeptStates(along)).run(draws)
+    found = p_value(counts_of(draws, kind.setting, rejection), exact_distribution(kind))
+    assert found < BROKEN if is_broken else found > FALSE_ALARM

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pearl_ray.core.errors import QueueFullError, ReplicaDivergedError, RequestRefusedError
+from pearl_ray.core.errors import ConfigError, QueueFullError, ReplicaDivergedError, RequestRefusedError
 from pearl_ray.core.params import SamplingParams
 from tests.simulation import EOS, VOCAB, FakeModel, Simulation
 
@@ -136,6 +136,13 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
         simulation.controller.submit("r", None, [], params())
     with pytest.raises(RequestRefusedError, match="outside the vocabulary"):
         simulation.controller.submit("r", None, [VOCAB], params())
+    with pytest.raises(ConfigError, match="stop_token_ids"):
+        simulation.controller.submit("r", None, [1], params(stop_token_ids=(VOCAB,)))
+    with pytest.raises(ConfigError, match="logit_bias"):
+        simulation.controller.submit("r", None, [1], params(logit_bias={VOCAB: 1.0}))
+    simulation.controller.submit("r", None, [1], params(max_tokens=None, ignore_eos=True))
+    simulation.run()  # without max_tokens it takes what the cache holds
+    simulation.assert_at_rest()
 
 
 def test_a_full_queue_refuses_and_an_empty_one_takes():
