@@ -1,11 +1,11 @@
-"""The Triton kernels of paged attention: one tile of query rows against one sequence's keys. Knows no batches, no plans.
+"""The Triton kernels of paged attention: a tile of query rows against one sequence's keys. Knows no batches, no plans.
 
-A program takes one sequence, one KV head, up to ROWS query rows (tokens x the query heads of that KV head) and a part of
-the keys: each key and value is read once for all those rows. Parts of one sequence are joined by the program that ends
+A program takes one sequence, one KV head, up to ROWS query rows (tokens x the query heads of that KV head) and a part
+of the keys: each key and value is read once for all those rows. Parts of one sequence are joined by the program that ends
 last (JOIN_LAST), or by ``join`` (Dao et al., flash-decoding). Softmax in float32 and base 2.
 
-Causal by index: query token i of n, in a sequence of L keys, sees keys up to L - n + i. With masks, a row sees every key
-before ``window_start`` and key ``window_start + j`` iff bit j of its mask is set.
+Causal by index: query token i of n, in a sequence of L keys, sees keys up to L - n + i. With masks, a row sees every
+key before ``window_start`` and key ``window_start + j`` iff bit j of its mask is set.
 """
 
 from __future__ import annotations

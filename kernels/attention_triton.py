@@ -1,7 +1,7 @@
-"""The attention backend 'triton': metadata on the device, tile sizes, splits over the keys. Knows no layers, no requests.
+"""The attention backend 'triton': metadata on the device, tile sizes, splits over the keys. Knows no layers.
 
-Shapes: T query tokens, S sequences, H query heads, G KV heads, D head width, B blocks of a table. Everything that changes
-from round to round is a device tensor, so that a forward can be captured in a CUDA graph with maxima fixed.
+Shapes: T query tokens, S sequences, H query heads, G KV heads, D head width, B blocks of a table. What changes from
+round to round is a device tensor, so that a forward can be captured in a CUDA graph with maxima fixed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def make_plan(metadata: TritonMetadata, num_kv: int, head_dim: int, num_sms: int
 
 
 class TritonAttention:
-    """The backend named 'triton' (see ``AttentionBackend``). Not for two streams at once: they'd share scratch memory."""
+    """The backend named 'triton' (see ``AttentionBackend``). For one stream: forwards share scratch memory."""
 
     name = "triton"
 
@@ -240,4 +240,4 @@ class TritonAttention:
 
 def num_multiprocessors(device: torch.device) -> int:
     """Of a CUDA device; a few for the interpreter, so that it splits too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16

@@ -1,9 +1,9 @@
 """Top-k, top-p and min-p on the device: where each row's ranking is cut. Knows scores; draws nothing.
 
 Tokens are ranked by (logit descending, id ascending), as in ``core.logits``, and every filter keeps a beginning of that
-ranking; so all of them together are one cut: a logit, and the last id that is kept among those that equal it. It is found
-without sorting: 8 passes over the row, each settling 4 bits of the logit's ordered bit pattern by the number and the mass
-of the tokens above each of 16 values. Masses are integers (units of 2^-39 of the largest), so sums don't depend on
+ranking; so all of them together are one cut: a logit, and the last id kept among those that equal it. It is found
+without sorting: 8 passes over the row, each settling 4 bits of the logit's ordered bit pattern by the number and the
+mass of the tokens above each of 16 values. Masses are integers (units of 2^-39 of the largest), so sums don't depend on
 their order, and a row's cut not on the batch.
 
 Shapes: R rows, V ids.
@@ -217,7 +217,7 @@ def find_cuts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(cuts_R, last_ids_R)``: a token is kept iff its logit is above the cut, or equals it and its id is up to that.
 
-    Rows without filters, and greedy ones, get (-inf, any id). Needs the whole vocabulary; no host, so it can be captured.
+    Rows without filters, and greedy ones, get (-inf, any id). Needs the whole vocabulary; no host: can be captured.
 
     Args:
         temperatures_R: float32. top_ks_R: int32, 0 keeps all. top_ps_R: float64. min_ps_R: float32, 0 keeps all.

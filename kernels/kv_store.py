@@ -36,7 +36,7 @@ def _store(
 def store_kv(
     k_TGD: torch.Tensor, v_TGD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots_T: torch.Tensor
 ) -> None:
-    """Keys and values ``[T, G, D]`` (rows may lie apart) into caches ``[blocks, block_size, G, D]``; -1 writes nothing."""
+    """Keys and values ``[T, G, D]``, rows may lie apart, into caches ``[blocks, block_size, G, D]``; -1: nowhere."""
     num_tokens, num_kv, head_dim = k_TGD.shape
     for new in (k_TGD, v_TGD):
         assert new.stride(2) == 1 and (num_kv == 1 or new.stride(1) == head_dim)

@@ -67,10 +67,8 @@ def _products(
     m, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     here = (n < num_out)[:, None] & (k >= 0)[None, :]
     row_of = weight + n.to(tl.int64)[:, None] * num_in
-    if ROWS == 1:
-        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    else:
-        acc = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
+    shape: tl.constexpr = (BLOCK_N, BLOCK_K) if ROWS == 1 else (ROWS, BLOCK_N, BLOCK_K)
+    acc = tl.zeros(shape, tl.float32)
     for start in range(0, num_in, BLOCK_K):
         column = start + k
         if EVEN:
@@ -185,7 +183,7 @@ class LinearChoices:
     _flush: torch.Tensor | None = None
 
     def of(self, weight_NK: torch.Tensor, num_rows: int) -> Choice:
-        """The choice for this weight's shape; measures it on first use (cold L2, some milliseconds and compilations)."""
+        """The choice for this weight's shape; measures on first use (cold L2; milliseconds, and compilations)."""
         if num_rows > MAX_ROWS or weight_NK.device.type != "cuda":
             return TORCH
         bucket = triton.next_power_of_2(num_rows)

@@ -1,7 +1,7 @@
 """The noise of ``core.rng`` inside a kernel: Philox4x32-10 and the Gumbel recipe, bit for bit. Knows no logits.
 
-Bits hold only where each product and each sum is rounded by itself: launch with ``enable_fp_fusion=False``. Counters are
-32-bit words throughout.
+Bits hold only where each product and each sum is rounded by itself: launch with ``enable_fp_fusion=False``. Counters
+are 32-bit words throughout.
 """
 
 from __future__ import annotations

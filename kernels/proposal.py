@@ -1,7 +1,7 @@
-"""The draft's proposal under the rejection rule, on the device: a token, and the 64 probabilities it was drawn from.
+"""The draft's proposal under the rejection rule, on the device: a token, and the 64 probabilities behind it.
 
-q is the row's distribution after temperature and filters, cut to its 64 first tokens by (logit descending, id ascending)
-and renormalised; the token is a Gumbel race over exactly the float32 values that are sent. Knows one draft step.
+q is the row's distribution after temperature and filters, cut to its 64 first tokens by (logit descending, id
+ascending) and renormalised; the token is a Gumbel race over exactly the float32 values that are sent. Knows one draft step.
 
 Shapes: R rows, V ids, K = 64 entries.
 """
@@ -85,7 +85,8 @@ def _propose(
     weight = tl.where(exists, weight, 0.0)
     q = weight / tl.sum(weight, 0)
     noise = gumbel_at(tl.load(seeds + row), tl.load(positions + row), tl.load(samples + row), PURPOSE, ids)
-    score = tl.where(q > 0.0, tl.log(q.to(tl.float64)) + noise.to(tl.float64), float("-inf"))
+    chance = tl.where(q > 0.0, q, 1.0).to(tl.float64)
+    score = tl.where(q > 0.0, tl.log(chance) + noise.to(tl.float64), float("-inf"))
     _, token = best_of(score, ids)
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(ids_out + at, tl.where(q > 0.0, ids, 0))

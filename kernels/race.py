@@ -156,8 +156,8 @@ def race(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Best scores float32 and global ids int32, ``[R, N]``, of each block; logits of any float type, upcast.
 
-    score = logit + T g, each product and sum rounded once in float32; equal scores: the lowest id. ``num_valid``: global
-    ids from there on are padding.
+    score = logit + T g, each product and sum rounded once in float32; equal scores: the lowest id. ``num_valid``:
+    global ids from there on are padding.
     """
     rows, size = logits_RV.shape
     assert logits_RV.stride(1) == 1

@@ -1,9 +1,9 @@
 """The end of a round where sequences may follow either rule, without the host: test, accepted length, replacement.
 
-Under the rejection rule a token d drawn from q passes iff u q(d) < p(d), strictly; the first that fails is replaced by a
-keyed Gumbel race over log(p - q) on p's whole support, or over log p where no p > q (Leviathan et al., arXiv
-2211.17192; ``core.verify`` is the reference). Rows that test nothing, and sequences under the coupled rule, are drawn as
-in ``race``. p in float32; u q(d) and p(d) are compared in float64.
+Under the rejection rule a token d drawn from q passes iff u q(d) < p(d), strictly; the first that fails is replaced by
+a keyed Gumbel race over log(p - q) on p's whole support, or over log p where no p > q (Leviathan et al., arXiv
+2211.17192; ``core.verify`` is the reference). Rows that test nothing, and sequences under the coupled rule, are drawn
+as in ``race``. p in float32; u q(d) and p(d) are compared in float64.
 
 Shapes: R rows, V ids (the whole vocabulary), N blocks per row, S sequences, K = 64 entries of a proposal.
 """

@@ -107,7 +107,8 @@ class GrammarState:
             elif self._matcher.try_consume_tokens([token]) == 1:
                 self._taken.append(token)
             else:
-                logger.warning("a grammar refuses a token that it allowed (%s)", _reason(self._matcher.get_error()))
+                # Nothing of the grammar can be spelled from here (the tokenizer lacks bytes), or a limit was met.
+                logger.warning("a grammar can't be followed to its end: the answer is cut short")
                 self._ended = True
 
     def masks_along(self, window: Sequence[int]) -> list[torch.Tensor | None]:
@@ -122,10 +123,10 @@ class GrammarState:
             if token >= len(self._end_V) or not masks[-1][token]:
                 break
             ended = ended or token in self._eos
-            if not ended:
-                if self._matcher.try_consume_tokens([token]) != 1:
-                    break
+            if not ended and self._matcher.try_consume_tokens([token]) == 1:
                 taken += 1
+            else:  # refused, though it was allowed: as in accept
+                ended = True
             masks.append(self._mask(ended))
         self._step_back(taken)
         return [*masks, *[None] * (len(window) + 1 - len(masks))]

@@ -1,4 +1,4 @@
-"""The coupled rule on the device: the CPU's noise bit for bit, the CPU's tokens, verdicts, shards, and its distribution."""
+"""The coupled rule on the device: the CPU's noise bit for bit, its tokens, verdicts, shards, and the distribution."""
 
 from __future__ import annotations
 

@@ -134,6 +134,19 @@ def test_any_of_several_end_tokens_ends_an_answer_and_padding_is_never_allowed()
     assert [ids_of(m) for m in state.masks_along([*spelled("1"), BOS_ID])][1:] == [{EOS_ID, BOS_ID}] * 2
 
 
+def test_an_answer_that_the_tokenizer_cant_spell_to_its_end_is_cut_short_alike_in_every_window() -> None:
+    compiler, prefix = json_compiler(), spelled("ab")
+    wanted = Wanted(choice=["ab\u00a9"])  # its first byte is in no token, its second is
+    for stop in range(len(prefix) + 1):
+        state, window = compiler.state(wanted), list(prefix[stop:])
+        state.accept(prefix[:stop])
+        for _ in range(3):
+            last = state.masks_along(window)[-1]
+            assert last is not None and ids_of(last)
+            window.append(min(ids_of(last)))
+        assert window[-1] == EOS_ID and ids_of(state.masks_along([])[0]) == ids_of(state.mask_after([]))
+
+
 def test_a_draft_that_knows_none_of_the_allowed_ids_is_left_unmasked() -> None:
     compiler = GrammarCompiler(json_tokenizer(), 20)
     assert compiler.state(Wanted(choice=["1"])).mask_after([]) is not None
@@ -397,13 +410,13 @@ class GrammarMachine(Machine):
 
 
 ALL = torch.ones(VOCAB, dtype=torch.bool)
-SETTINGS = [kind.setting for kind in KINDS.values()]
 
 
 @functools.cache
 def outputs() -> list[Draw]:
-    draws = draws_of(SETTINGS, (False, True), DRAWS, engine_seed=3)
-    GrammarMachine("pearl").run(draws)
+    draws = draws_of([KINDS[k].setting for k in ("regex", "json")], (False, True), DRAWS, engine_seed=3)
+    draws += draws_of([KINDS[k].setting for k in ("choice", "json_object")], (False, True), DRAWS // 4, engine_seed=4)
+    GrammarMachine("pearl", lambda number, i: 1 + (number + i) % 3).run(draws)
     return draws
 
 
@@ -411,7 +424,7 @@ def outputs() -> list[Draw]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_next_three_tokens_follow_the_distribution_of_constrained_ar(kind: str, rejection: bool) -> None:
     counts = counts_of(outputs(), KINDS[kind].setting, rejection)
-    assert counts.sum() == DRAWS
+    assert counts.sum() >= DRAWS // 4
     assert p_value(counts, exact_distribution(KINDS[kind])) > FALSE_ALARM
 
 

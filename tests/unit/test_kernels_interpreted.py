@@ -1,0 +1,43 @@
+"""The Triton kernels on the CPU: a part of the GPU tests, under Triton's interpreter, in a process of its own.
+
+The interpreter has to be chosen before Triton is first imported, which another test of this process may have done.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHOSEN = (
+    "test_kernels_race.py::test_the_noise_has_the_references_bits",
+    "test_kernels_race.py::test_every_rows_token_and_score_are_the_references",
+    "test_kernels_race.py::test_equal_scores_go_to_the_lowest_id_and_padding_never_wins",
+    "test_kernels_race.py::test_shards_of_any_start_give_the_whole_vocabularys_answer",
+    "test_kernels_race.py::test_verdicts_are_the_references_for_every_length_of_agreement",
+    "test_kernels_attention.py::test_every_head_width_is_right_for_mixed_lengths[80-dtype0]",
+    "test_kernels_attention.py::test_sequences_of_all_lengths_share_a_launch_with_any_number_of_splits",
+    "test_kernels_attention.py::test_a_tree_window_sees_the_prefix_and_its_ancestors_only",
+    "test_kernels_layers.py::test_keys_and_values_land_in_their_slots_and_minus_one_writes_nothing",
+    "test_kernels_layers.py::test_rms_norm_with_and_without_the_residual[576]",
+    "test_kernels_layers.py::test_silu_times_up[6]",
+    "test_kernels_layers.py::test_queries_and_keys_are_turned_and_stored[80-True-True]",
+    "test_kernels_rejection.py::test_what_the_cuts_keep_is_what_the_reference_keeps[tied]",
+    "test_kernels_rejection.py::test_a_proposal_is_the_references_and_sums_to_one",
+    "test_kernels_rejection.py::test_mixed_verdicts_are_the_references[0.3]",
+)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, whose interpreter runs on a CPU")
+def test_the_kernels_agree_with_their_references_under_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    paths = [str(ROOT / "tests" / "gpu" / test) for test in CHOSEN]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-m", "gpu", *paths]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " skipped" not in done.stdout, done.stdout[-2000:]
