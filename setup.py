@@ -51,7 +51,7 @@ setup(
         "psutil>=5.9",
         "pyyaml>=6",
         "huggingface_hub>=1.0",
-        "llguidance>=1.3",
+        "llguidance>=1.8",
     ],
     extras_require={"flash": ["flash-attn>=2.7"], "serve": SERVE, "bench": BENCH, "dev": DEV},
     entry_points={"console_scripts": ["pearl-ray = pearl_ray.cli:main"]},

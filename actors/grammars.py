@@ -1,7 +1,8 @@
 """The grammars of the sequences in a batch: one state each, made when first asked for. Knows no logits and no Ray.
 
 A state follows its sequence by itself: it takes what was committed since it was last asked, and a sequence that joins
-again after preemption (under a new id) begins with all of its committed output. Sequences without a grammar aren't here.
+again after preemption (under a new id) begins with all of its committed output. Sequences without a grammar cost
+nothing here.
 """
 
 from __future__ import annotations

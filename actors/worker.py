@@ -120,6 +120,7 @@ class ShardWorker(ABC):
             dtype=spec.dtype,
             device=self._device,
             attention_backend=spec.attention_backend,
+            block_size=spec.block_size,
             on_layer_loaded=self._count_layer,
         )
         return ShardFootprint(

@@ -1,8 +1,8 @@
 """The Triton kernels of paged attention: a tile of query rows against one sequence's keys. Knows no batches, no plans.
 
 A program takes one sequence, one KV head, up to ROWS query rows (tokens x the query heads of that KV head) and a part
-of the keys: each key and value is read once for all those rows. Parts of one sequence are joined by the program that ends
-last (JOIN_LAST), or by ``join`` (Dao et al., flash-decoding). Softmax in float32 and base 2.
+of the keys: each key and value is read once for all those rows. Parts of one sequence are joined by the program that
+ends last (JOIN_LAST), or by ``join`` (Dao et al., flash-decoding). Softmax in float32 and base 2.
 
 Causal by index: query token i of n, in a sequence of L keys, sees keys up to L - n + i. With masks, a row sees every
 key before ``window_start`` and key ``window_start + j`` iff bit j of its mask is set.
@@ -108,7 +108,7 @@ def _extent(
     return begin, length, old, end, per_split, tl.cdiv(num_blocks, per_split)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "table_stride"])  # they vary with the batch: no compilation for each
 def attend(
     q,
     k_cache,
@@ -217,7 +217,7 @@ def attend(
                 tl.store(counters + unit, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def join(
     out,
     query_start,

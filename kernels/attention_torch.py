@@ -192,4 +192,6 @@ def _corner_mask(
 
 def _corner(mask: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor:
     assert mask is not None
-    return mask[mask.shape[0] - rows :, mask.shape[1] - columns :]
+    corner = mask[mask.shape[0] - rows :, mask.shape[1] - columns :]
+    # CUDA's fused attention reads the mask in wide words: a view that begins anywhere would be a misaligned address.
+    return corner.contiguous() if corner.is_cuda else corner

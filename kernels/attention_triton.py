@@ -20,7 +20,7 @@ from pearl_ray.kernels.kv_store import store_kv
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
-MIN_SPLIT_KEYS = 256  # a part of the keys is at least this long
+MIN_SPLIT_KEYS = 128  # a part of the keys is at least this long
 MAX_TILE = 128 * 128  # rows x width of a tile of query rows
 JOIN_LAST_BYTES = 512 * 1024  # partial results that one program may join by itself; more are joined in parallel
 
@@ -78,10 +78,10 @@ def make_plan(metadata: TritonMetadata, num_kv: int, head_dim: int, num_sms: int
     programs = tiles * num_kv * len(metadata.context_lens_S)
     # A few parts that are long leave less to join; where a launch has many programs anyway, two run at a time.
     per_sm = 1 if programs * 8 <= num_sms else 2
-    if per_sm == 1 and rows <= 32:
-        block *= 2
+    if (per_sm == 1 or metadata.max_context_len <= 1024) and rows <= 32 and dim < 256:
+        block = 128
     splits = max(1, min(per_sm * num_sms // programs, triton.cdiv(metadata.max_context_len, MIN_SPLIT_KEYS)))
-    return Plan(rows, block, tiles, splits, 8 if rows >= 128 else 4, 3)
+    return Plan(rows, block, tiles, splits, 8 if rows >= 128 else 4, 2 if block == 128 and dim == 128 else 3)
 
 
 class TritonAttention:
@@ -176,7 +176,7 @@ class TritonAttention:
         is_joined_last = plan.splits * plan.rows * dim * 4 <= JOIN_LAST_BYTES
         has_masks = metadata.masks_T is not None
         shape = {"HEAD_DIM": head_dim, "DIM": dim, "GROUP": metadata.group_size, "ROWS": plan.rows, "BLOCK": plan.block}
-        shape |= {"MIN_BLOCKS": MIN_SPLIT_KEYS // plan.block, "HAS_MASKS": has_masks}
+        shape |= {"MIN_BLOCKS": max(1, MIN_SPLIT_KEYS // plan.block), "HAS_MASKS": has_masks}
         attend[(plan.tiles, num_kv * plan.splits, num_seqs)](
             q_THD,
             k_cache,

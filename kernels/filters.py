@@ -89,7 +89,7 @@ def _step(states, sums, row, limit, share, given_total, num_rows, PASS: tl.const
     return key, count_above, mass_above, bound_unit, ties
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _pass(
     logits,
     tops,
@@ -141,13 +141,13 @@ def _pass(
             for one in tl.static_range(16):
                 part = tl.sum(tl.where(digit == one, packed, 0), 0)
                 sixteen = tl.where(value == one, part, sixteen)
-            at = sums + (PASS * num_rows + row) * 32 + value
-            count = sixteen >> _COUNT_BIT
-            tl.atomic_add(at, count, mask=count != 0)
-            tl.atomic_add(at + 16, sixteen - (count << _COUNT_BIT), mask=count != 0)
+            sums_at = sums + (PASS * num_rows + row) * 32 + value
+            counted = sixteen >> _COUNT_BIT
+            tl.atomic_add(sums_at, counted, mask=counted != 0)
+            tl.atomic_add(sums_at + 16, sixteen - (counted << _COUNT_BIT), mask=counted != 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _finish(
     logits,
     tops,

@@ -1,7 +1,7 @@
 """The draft's proposal under the rejection rule, on the device: a token, and the 64 probabilities behind it.
 
 q is the row's distribution after temperature and filters, cut to its 64 first tokens by (logit descending, id
-ascending) and renormalised; the token is a Gumbel race over exactly the float32 values that are sent. Knows one draft step.
+ascending) and renormalised; the token is a Gumbel race over exactly the float32 values that are sent.
 
 Shapes: R rows, V ids, K = 64 entries.
 """

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from click.exceptions import NoArgsIsHelpError
 
 import pearl_ray
+from pearl_ray.commands.bench import bench
 from pearl_ray.commands.chat import chat
 from pearl_ray.commands.collect_env import collect_env
 from pearl_ray.commands.demo import demo
@@ -117,7 +118,7 @@ def cli() -> None:
     logging.basicConfig()
 
 
-for command in (serve, generate, chat, demo, status, stop, collect_env):
+for command in (serve, generate, chat, bench, demo, status, stop, collect_env):
     cli.add_command(command)
 
 

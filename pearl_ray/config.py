@@ -201,7 +201,8 @@ def resolve(
     backend: str = config.attention_backend
     if backend == "auto":
         fast = on_gpu and dtype in ("bfloat16", "float16")
-        backend = "flash-attn" if fast and has_flash_attn else "triton" if on_gpu and dtype != "float64" else "torch"
+        paged = has_flash_attn and config.block_size % 256 == 0  # the pages that flash-attn's cache has
+        backend = "flash-attn" if fast and paged else "triton" if fast else "torch"
     elif backend != "torch" and not on_gpu:
         raise ConfigError("attention_backend", backend, "'torch' or 'auto' on CPU")
     elif backend == "flash-attn" and not has_flash_attn:

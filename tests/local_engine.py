@@ -120,6 +120,7 @@ class LocalEngine:
             dtype=self._dtype,
             device=torch.device("cpu"),
             attention_backend="torch",
+            block_size=self._sizes[1],
             on_layer_loaded=lambda done, total: None,
         )
         num_blocks, block_size = self._sizes

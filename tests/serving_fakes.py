@@ -33,9 +33,16 @@ ROUNDS: tuple[tuple[Origin, ...], ...] = (
 
 
 class FakeTokenizer:
-    """Ids are code points; 0 is the end of sequence."""
+    """Ids are code points; 0 is the end of sequence.
+
+    Args:
+        knows_tools: what the template says of tools, with the tools' names behind it; "": it ignores them.
+    """
 
     vocab_size = VOCAB_SIZE
+
+    def __init__(self, knows_tools: str = "") -> None:
+        self.knows_tools = knows_tools
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return ([1] if add_special_tokens else []) + [ord(c) for c in text if ord(c) < VOCAB_SIZE]
@@ -50,7 +57,9 @@ class FakeTokenizer:
         add_generation_prompt: bool = True,
         **template_args: Any,
     ) -> str:
-        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
+        text = "".join(f"{m['role']}: {m['content']}{m.get('tool_calls', '')}\n" for m in messages)
+        if tools and self.knows_tools:
+            text = f"{self.knows_tools} {' '.join(tool['function']['name'] for tool in tools)}\n{text}"
         return text + template_args.get("suffix", "") + ("assistant:" if add_generation_prompt else "")
 
 
@@ -60,13 +69,14 @@ class FakeEngine:
     Attributes:
         delay_s: between rounds.
         room: requests that may run; more raise ``QueueFullError``.
+        once: the text ends the answer, instead of beginning again.
         running, aborted: request ids.
         submitted: the parameters of all requests.
         state: what status() says.
     """
 
-    def __init__(self, delay_s: float = 0.0, room: int = 1000, text: str = ANSWER) -> None:
-        self.delay_s, self.room, self.text = delay_s, room, text
+    def __init__(self, delay_s: float = 0.0, room: int = 1000, text: str = ANSWER, once: bool = False) -> None:
+        self.delay_s, self.room, self.text, self.once = delay_s, room, text, once
         self.running: dict[str, asyncio.Task[None]] = {}
         self.aborted: list[str] = []
         self.submitted: list[tuple[list[int], SamplingParams]] = []
@@ -87,7 +97,7 @@ class FakeEngine:
 
     async def _generate(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
         limit = min(params.max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(prompt))
-        text = (self.text * (limit // len(self.text) + 1))[:limit]
+        text = (self.text * (1 if self.once else limit // len(self.text) + 1))[:limit]
         for stop in params.stop:
             text = text.split(stop)[0]
         reason = "length" if len(text) == limit else "stop"
@@ -113,7 +123,7 @@ class FakeEngine:
     ) -> None:
         ids = tuple(map(ord, text))
         logprobs = _logprobs(text, params)
-        stop = params.stop[0] if reason == "stop" else None
+        stop = params.stop[0] if reason == "stop" and params.stop else None
         self._batch.updates.append(Update(request_id, index, ids, origins, text, reason, stop, logprobs))
         self._arrived.set()
 
@@ -178,7 +188,7 @@ def _answer(index: int, text: str, params: SamplingParams, reason: Any) -> Compl
         token_ids=list(map(ord, text)),
         logprobs=_logprobs(text, params),
         finish_reason=reason,
-        stop_reason=params.stop[0] if reason == "stop" else None,
+        stop_reason=params.stop[0] if reason == "stop" and params.stop else None,
         origins=[*FIRST, *itertools.islice(itertools.cycle(itertools.chain(*ROUNDS)), len(text) - 1)],
     )
 
@@ -200,9 +210,11 @@ def wait_until(condition: Any, timeout_s: float = 5.0) -> None:
 
 
 @contextmanager
-def serving(engine: FakeEngine | None = None, **settings: Any) -> Iterator[HttpServer]:
+def serving(
+    engine: FakeEngine | None = None, tokenizer: FakeTokenizer | None = None, **settings: Any
+) -> Iterator[HttpServer]:
     """A server on a free port over a fake engine; ``engine`` None: one that is still loading."""
     with HttpServer(ServerSettings(**{"version": "1.2.3", **settings}), bind("127.0.0.1", 0)) as server:
         if engine is not None:
-            server.attach(engine, Model(FakeTokenizer(), MAX_MODEL_LEN))
+            server.attach(engine, Model(tokenizer or FakeTokenizer(), MAX_MODEL_LEN))
         yield server

@@ -31,7 +31,8 @@ DRAFT_NOISE = 0.05  # of each weight's standard deviation; gives the acceptance 
 # For structured outputs: all of ASCII, tokens that span JSON's parts, and bytes of a character.
 JSON_PIECES = [
     *"\n !\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~",
-    *('{"', '":', '": ', '", "', '",', '"}', "}}", '"]', "[]", "{}", "true", "false", "null", ", ", "12", "ab", "Ã", "©"),
+    *('{"', '":', '": ', '", "', '",', '"}', "}}", '"]', "[]", "{}", ", "),
+    *("true", "false", "null", "12", "ab", "Ã", "©"),
 ]
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 

@@ -55,6 +55,12 @@ HTTP_OPTIONS: list[Callable[[Any], Any]] = [
         help="HTTP requests that generate at one time; more are answered 429.",
     ),
     option(
+        "--tool-call-parser",
+        type=click.Choice(["auto", "hermes", "llama3_json"]),
+        default="auto",
+        help="Form in which the model calls tools; auto: by its chat template.",
+    ),
+    option(
         "--log-format",
         type=click.Choice(["text", "json"]),
         default="text",
@@ -83,6 +89,7 @@ def take_settings(values: dict[str, Any], config: PearlConfig) -> ServerSettings
         cors_origins=tuple(values.pop("cors_origin")),
         max_concurrent_requests=values.pop("max_concurrent_requests"),
         log_format=values.pop("log_format"),
+        tool_call_parser=values.pop("tool_call_parser"),
     )
 
 

@@ -55,7 +55,8 @@ class SamplingParams:
     """How the tokens of one request are chosen; names and defaults are vLLM's.
 
     Applied in this order to the target's and the draft's logits alike: repetition, presence and frequency
-    penalties, ``logit_bias``, ``min_tokens`` (stop tokens masked), ``structured_outputs``, temperature, ``top_k``, ``top_p``, ``min_p``.
+    penalties, ``logit_bias``, ``min_tokens`` (stop tokens masked), ``structured_outputs``, temperature, ``top_k``,
+    ``top_p``, ``min_p``.
 
     Three fields are about speculation: ``draft_temperature`` (None: the request's own), ``verification`` (None: the
     engine's), ``num_speculative_tokens`` (tokens the draft makes per round for this request; None: the engine's choice,

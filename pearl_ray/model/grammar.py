@@ -1,8 +1,8 @@
 """Grammars: which tokens may come next so that an answer fits its schema, regex or choice. Knows no logits, no rounds.
 
-llguidance parses (docs/decisions/0009-structured-output.md). Its matcher walks bytes, so an answer may be spelled in any
-tokens; only where the next bytes are forced does it ask for the tokenizer's own spelling of them. What ends an answer
-is kept here: the matcher is never given an end-of-text token, so that rolling back is always a count of tokens it took.
+llguidance parses (docs/decisions/0009-structured-output.md). Its matcher walks bytes, so an answer may be spelled in
+any tokens; only where the next bytes are forced does it ask for the tokenizer's own spelling of them. What ends an
+answer is kept here: the matcher is never given an end-of-text token, so that going back is a count of tokens it took.
 
 Shapes: V = ``num_valid`` token ids.
 """

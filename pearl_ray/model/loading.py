@@ -125,6 +125,7 @@ def load_model(
     dtype: str,
     device: torch.device,
     attention_backend: str,
+    block_size: int,
     on_layer_loaded: Callable[[int, int], None],
 ) -> LoadedModel:
     """Load one rank's part of the draft or the target."""
@@ -139,7 +140,9 @@ def load_model(
         dtype=torch_dtype,
         device=device,
         group=group,
-        attention=choose_attention(attention_backend, device),
+        attention=choose_attention(
+            attention_backend, device, head_dim=source.config.head_dim, dtype=torch_dtype, block_size=block_size
+        ),
         on_layer_loaded=on_layer_loaded,
     )
     shard = plan.shards[rank]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -10,11 +11,15 @@ from starlette.responses import Response
 
 from pearl_ray.serving.answers import EventStream, Pieces, chat_logprobs, prompt_logprobs, usage_of
 from pearl_ray.serving.completions import CLIENT_CLOSED_REQUEST
+from pearl_ray.serving.errors import ApiError
 from pearl_ray.serving.generation import ClientGoneError, Generation, Services, unless_client_goes
 from pearl_ray.serving.logs import log_fields
 from pearl_ray.serving.prompts import check_against_model, encode, render_chat
 from pearl_ray.serving.responses import ChatChoice, ChatCompletion
-from pearl_ray.serving.schema import ChatCompletionRequest
+from pearl_ray.serving.schema import ChatCompletionRequest, Message
+from pearl_ray.serving.structured import blaming, of_response_format, of_structured_outputs
+from pearl_ray.serving.tool_parsers import Parsed
+from pearl_ray.serving.tools import ToolUse, for_template, speaks_of_tools, tool_use
 from pearl_ray.serving.unsupported import refuse_unsupported
 
 
@@ -31,12 +36,21 @@ async def create_chat_completion(
     refuse_unsupported("chat", body)
     model = services.model()
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = body.sampling(body.max_completion_tokens or body.max_tokens, num_logprobs)
-    text = await render_chat(model.tokenizer, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
+    use = tool_use(body, services.dialect()) if body.tools or body.tool_choice else None
+    if body.structured_outputs is not None and body.response_format is not None and body.response_format.type != "text":
+        message = "structured_outputs and response_format say the same; send one"
+        raise ApiError(400, message, param="structured_outputs", code="invalid_value")
+    to_blame = "tools" if use is not None else "structured_outputs" if body.structured_outputs else "response_format"
+    with blaming(to_blame):
+        format_ = of_response_format(body.response_format)
+        structured = use.grammar if use is not None else format_ or of_structured_outputs(body.structured_outputs)
+        params = body.sampling(body.max_completion_tokens or body.max_tokens, num_logprobs, structured)
+    text = await chat_text(services, body.messages, use, body.add_generation_prompt, body.chat_template_kwargs)
     prompt = await encode(model.tokenizer, text, add_special_tokens=False)
     check_against_model(model, [prompt], params, "messages", services.settings.max_choices)
-    generation = await Generation.start(services, [prompt], params, "chatcmpl", log_fields(request, user=body.user))
-    writer = _Writer(services, generation, body, name)
+    with blaming(to_blame):
+        generation = await Generation.start(services, [prompt], params, "chatcmpl", log_fields(request, user=body.user))
+    writer = _Writer(services, generation, body, name, use)
     if body.stream:
         return EventStream(writer.chunks(), generation.close)
     try:
@@ -48,11 +62,59 @@ async def create_chat_completion(
         generation.close()
 
 
+async def chat_text(
+    services: Services,
+    messages: Sequence[Message],
+    use: ToolUse | None,
+    add_generation_prompt: bool,
+    template_args: Mapping[str, Any] | None,
+) -> str:
+    """The prompt of a conversation, and of the tools that may be called.
+
+    Raises:
+        ApiError, RequestRefusedError: the messages or the arguments can't be honoured.
+    """
+    with_tools = use is not None or any(map(speaks_of_tools, messages))
+    dialect = services.dialect() if with_tools else None
+    plain, tools = for_template(messages, use.functions if use is not None else (), dialect)
+    text = await render_chat(services.model().tokenizer, plain, tools, add_generation_prompt, template_args)
+    return text + (use.prompt_end if use is not None else "")
+
+
+class _Reader:
+    """One answer's text, parted into what is said and which tools are called."""
+
+    def __init__(self, use: ToolUse | None) -> None:
+        self._parser = use.parser() if use is not None else None
+        self._most = 1 if use is not None and not use.several else None
+        self._num_calls = 0
+
+    def read(self, text: str, finish_reason: str | None) -> tuple[str, list[dict[str, Any]], str | None]:
+        """What the next piece says, the calls that it completes, and why the answer ended if it did."""
+        if self._parser is None:
+            return text, [], finish_reason
+        parsed = self._parser.feed(text)
+        if finish_reason is not None:
+            last = self._parser.finish()
+            parsed = Parsed(parsed.text + last.text, parsed.calls + last.calls)
+        calls = []
+        for call in parsed.calls:
+            if self._num_calls == self._most:
+                break
+            function = {"name": call.name, "arguments": call.arguments}
+            call_id = f"call_{uuid.uuid4().hex}"
+            calls.append({"index": self._num_calls, "id": call_id, "type": "function", "function": function})
+            self._num_calls += 1
+        return parsed.text, calls, "tool_calls" if finish_reason == "stop" and self._num_calls else finish_reason
+
+
 class _Writer:
     """One request's answer as JSON."""
 
-    def __init__(self, services: Services, generation: Generation, body: ChatCompletionRequest, name: str) -> None:
-        self._generation, self._body, self._name = generation, body, name
+    def __init__(
+        self, services: Services, generation: Generation, body: ChatCompletionRequest, name: str, use: ToolUse | None
+    ) -> None:
+        self._generation, self._body, self._name, self._use = generation, body, name, use
         self._created = services.now()
         self._tokenizer = services.model().tokenizer
 
@@ -66,13 +128,17 @@ class _Writer:
         choices = []
         for answer in output.outputs:
             logprobs = chat_logprobs(answer.logprobs, body.top_logprobs or 0) if answer.logprobs is not None else None
+            text, calls, reason = _Reader(self._use).read(answer.text, answer.finish_reason)
+            message: dict[str, Any] = {"role": "assistant", "content": text}
+            if calls:
+                message |= {"content": text or None, "tool_calls": calls}
             tokens = (answer.token_ids, answer.origins, answer.finish_reason, answer.stop_reason)
             choices.append(
                 ChatChoice.model_validate(
                     {
                         "index": answer.index,
-                        "message": {"role": "assistant", "content": answer.text},
-                        "finish_reason": answer.finish_reason,
+                        "message": message,
+                        "finish_reason": reason,
                         "stop_reason": answer.stop_reason,
                         "logprobs": logprobs,
                         "prompt_logprobs": prompt_logprobs(output),
@@ -98,18 +164,23 @@ class _Writer:
         """A chunk per round and choice; the first of each choice names the role."""
         body = self._body
         pieces: dict[int, Pieces] = {}
-        begun: set[int] = set()
+        readers: dict[int, _Reader] = {}
         async for updates in self._generation.rounds():
             for index, update in updates:
-                delta = {"content": update.text} if update.text else {}
-                if index not in begun:
-                    begun.add(index)
-                    delta = {"role": "assistant", "content": update.text}
+                is_first = index not in readers
+                text, calls, reason = readers.setdefault(index, _Reader(self._use)).read(
+                    update.text, update.finish_reason
+                )
+                delta: dict[str, Any] = {"content": text} if text else {}
+                if is_first:
+                    delta = {"role": "assistant", "content": text}
+                if calls:
+                    delta["tool_calls"] = calls
                 choice: dict[str, Any] = {
                     "index": index,
                     "delta": delta,
                     "logprobs": None,
-                    "finish_reason": update.finish_reason,
+                    "finish_reason": reason,
                 }
                 if update.finish_reason is not None:
                     choice["stop_reason"] = update.stop_reason

@@ -14,6 +14,7 @@ from pearl_ray.serving.logs import log_fields
 from pearl_ray.serving.prompts import check_against_model, encode_prompts
 from pearl_ray.serving.responses import Completion, CompletionChoice
 from pearl_ray.serving.schema import CompletionRequest
+from pearl_ray.serving.structured import blaming, of_structured_outputs
 from pearl_ray.serving.unsupported import refuse_unsupported
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number, for the log: nobody reads it
@@ -29,10 +30,12 @@ async def create_completion(services: Services, request: Request, body: Completi
     body.check()
     refuse_unsupported("completion", body)
     model = services.model()
-    params = body.sampling(body.max_tokens, body.logprobs)
+    with blaming("structured_outputs"):
+        params = body.sampling(body.max_tokens, body.logprobs, of_structured_outputs(body.structured_outputs))
     prompts = await encode_prompts(model.tokenizer, body.prompt, body.add_special_tokens)
     check_against_model(model, prompts, params, "prompt", services.settings.max_choices)
-    generation = await Generation.start(services, prompts, params, "cmpl", log_fields(request, user=body.user))
+    with blaming("structured_outputs"):
+        generation = await Generation.start(services, prompts, params, "cmpl", log_fields(request, user=body.user))
     writer = _Writer(services, generation, body, name)
     if body.stream:
         return EventStream(writer.chunks(), generation.close)

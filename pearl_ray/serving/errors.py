@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 RETRY_AFTER_S = 1
+_BRANCHES = frozenset(["str", "NamedToolChoice"])  # of unions in the bodies
 
 
 class ApiError(Exception):
@@ -100,7 +101,9 @@ def invalid_body(errors: Sequence[Mapping[str, object]]) -> ApiError:
 
 def _names_a_type(part: object) -> bool:
     """Whether this part of a complaint's location is pydantic's name of a union's branch, and not the user's field."""
-    return isinstance(part, str) and (part == "str" or part.startswith(("list[", "dict[", "constrained-")))
+    return isinstance(part, str) and (
+        part in _BRANCHES or part.startswith(("list[", "dict[", "constrained-", "literal["))
+    )
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -23,6 +23,7 @@ from pearl_ray.serving.errors import ApiError, unavailable
 from pearl_ray.serving.limits import Gate
 from pearl_ray.serving.metrics import Metrics
 from pearl_ray.serving.settings import ServerSettings
+from pearl_ray.serving.tools import Dialect, dialect_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,6 +42,7 @@ class Services:
     gate: Gate
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
+    _dialect: Dialect | None = None
 
     @staticmethod
     def now() -> int:
@@ -54,6 +56,12 @@ class Services:
         if self.backend.model is None:
             raise unavailable(f"the model isn't loaded yet: {self.backend.phase}", "loading")
         return self.backend.model
+
+    def dialect(self) -> Dialect:
+        """How the model is told of tools and calls them; raises ``ApiError`` (503) while there is no model."""
+        if self._dialect is None:
+            self._dialect = dialect_of(self.model().tokenizer, self.settings.tool_call_parser)
+        return self._dialect
 
     def name_of(self, wanted: str | None) -> str:
         """The model's name for the answer; raises ``ApiError`` (404) if the request wants another one."""

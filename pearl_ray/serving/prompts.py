@@ -9,8 +9,6 @@ from typing import Any
 from pearl_ray.core.params import SamplingParams
 from pearl_ray.serving.backend import Model, Tokenizer
 from pearl_ray.serving.errors import ApiError
-from pearl_ray.serving.schema import Message
-from pearl_ray.serving.unsupported import refuse_unsupported
 
 SHORT_CHARS = 2_000  # shorter texts are tokenised at once: a thread costs more
 
@@ -68,17 +66,16 @@ async def encode_prompts(
 
 async def render_chat(
     tokenizer: Tokenizer,
-    messages: Sequence[Message],
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
     template_args: Mapping[str, Any] | None,
 ) -> str:
-    """The conversation as the prompt text that the model was trained on.
+    """The conversation as the prompt text that the model was trained on; messages as ``tools.for_template`` makes them.
 
     Raises:
         ApiError, RequestRefusedError: the messages or the arguments can't be honoured.
     """
-    for index, message in enumerate(messages):
-        refuse_unsupported("message", message, f"messages.{index}.")
     bad = sorted(_TEMPLATE_ARGUMENTS & (template_args or {}).keys())
     if bad:
         raise ApiError(
@@ -87,14 +84,13 @@ async def render_chat(
             param="chat_template_kwargs",
             code="invalid_value",
         )
-    plain = [message.for_template() for message in messages]
 
     def render() -> str:
         return tokenizer.apply_chat_template(
-            plain, add_generation_prompt=add_generation_prompt, **dict(template_args or {})
+            messages, tools, add_generation_prompt=add_generation_prompt, **dict(template_args or {})
         )
 
-    if sum(len(message["content"]) for message in plain) <= SHORT_CHARS:
+    if not tools and sum(len(message["content"]) for message in messages) <= SHORT_CHARS:
         return render()
     return await asyncio.to_thread(render)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 
 class ErrorDetail(BaseModel):
@@ -49,7 +49,7 @@ class Choice(BaseModel):
     """What the choices of both APIs share."""
 
     index: int
-    finish_reason: Literal["stop", "length", "abort"] | None
+    finish_reason: Literal["stop", "length", "abort", "tool_calls"] | None
     stop_reason: int | str | None = None
     prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
     pearl: Pearl | None = None
@@ -91,10 +91,27 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_serializer(mode="wrap")
+    def _with_content(self, write: SerializerFunctionWrapHandler) -> Any:  # noqa: ANN401 - keeps the documented fields
+        """An answer that only calls says so by ``content: null``, which is written where other nulls aren't."""
+        return {"content": None, **write(self)}
 
 
 class ChatChoice(Choice):

@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from pearl_ray.serving import metrics
-from pearl_ray.serving.chat import create_chat_completion
+from pearl_ray.serving.chat import chat_text, create_chat_completion
 from pearl_ray.serving.completions import create_completion
 from pearl_ray.serving.errors import ApiError
 from pearl_ray.serving.generation import Services
-from pearl_ray.serving.prompts import check_ids, encode, render_chat
+from pearl_ray.serving.prompts import check_ids, encode
 from pearl_ray.serving.responses import (
     ChatCompletion,
     Completion,
@@ -124,9 +124,7 @@ def api_routes(services: Services) -> APIRouter:
             ids = await encode(model.tokenizer, body.prompt, True if special is None else special)
         else:
             assert body.messages is not None
-            text = await render_chat(
-                model.tokenizer, body.messages, body.add_generation_prompt, body.chat_template_kwargs
-            )
+            text = await chat_text(services, body.messages, None, body.add_generation_prompt, body.chat_template_kwargs)
             ids = await encode(model.tokenizer, text, bool(special))
         texts = [model.tokenizer.decode([token], False) for token in ids] if body.return_token_strs else None
         return Tokenized(count=len(ids), max_model_len=model.max_model_len, tokens=ids, token_strs=texts)

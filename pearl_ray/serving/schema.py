@@ -9,15 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from pearl_ray.core.params import SamplingParams, Verification
+from pearl_ray.core.params import SamplingParams, StructuredOutputsParams, Verification
 from pearl_ray.serving.errors import ApiError
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_IDS = 1024  # of stop_token_ids and logit_bias
 MAX_TOP_LOGPROBS = 20
+MAX_TOOLS = 128
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -29,6 +31,15 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool = False
+
+
+class StructuredOutputs(Body):
+    """vLLM's: exactly one of them."""
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json", description="A JSON schema.")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(max_length=MAX_IDS)] | None = None
 
 
 class SamplingFields(Body):
@@ -54,21 +65,27 @@ class SamplingFields(Body):
     ignore_eos: bool | None = False
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_IDS)] | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    structured_outputs: StructuredOutputs | None = None
     # ours
     include_speculation: bool | None = Field(
         None, description="Adds `usage.speculation`, and `pearl` (tokens, their text and origin) to each choice."
     )
     draft_temperature: float | None = Field(None, ge=0, le=100)
     verification: Verification | None = None
+    num_speculative_tokens: int | None = Field(
+        None, ge=0, le=64, description="Tokens drafted per round; 0: the target alone; null: the engine's choice."
+    )
 
-    def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling(
+        self, max_tokens: int | None, logprobs: int | None, structured: StructuredOutputsParams | None
+    ) -> SamplingParams:
         """The engine's parameters; ``null`` is the default of each.
 
         Raises:
             ConfigError: values that don't go together.
         """
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, structured_outputs=structured, **given)
 
     def check(self) -> None:
         """Raise ``ApiError`` for what no single field shows."""
@@ -101,6 +118,7 @@ _SAMPLING_FIELDS = (
     "prompt_logprobs",
     "draft_temperature",
     "verification",
+    "num_speculative_tokens",
 )
 
 
@@ -138,21 +156,27 @@ class Message(Body):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: plain text, and the role that older models know."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        if self.name is not None:
-            message["name"] = self.name
-        return message
+    # What clients send back with an answer of ours; there is never anything in it.
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
 
 
 class FunctionDefinition(Body):
-    name: str
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+
+class FunctionOf(Body):
+    name: str
+
+
+class NamedToolChoice(Body):
+    type: Literal["function"]
+    function: FunctionOf
 
 
 class Tool(Body):
@@ -184,8 +208,8 @@ class ChatCompletionRequest(SamplingFields):
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the model's own template.")
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     store: bool | None = None
     service_tier: str | None = None

@@ -12,6 +12,7 @@ from typing import Literal
 from pearl_ray.core.errors import ConfigError
 
 LogFormat = Literal["text", "json"]
+ToolCallParser = Literal["auto", "hermes", "llama3_json"]
 MIB = 1024 * 1024
 
 
@@ -79,6 +80,7 @@ class ServerSettings:
         max_choices: prompts times ``n`` of one request.
         cors_origins: origins whose pages may call the API; empty: none.
         log_format: of the log lines, one per request among them; no prompt or answer is ever in one.
+        tool_call_parser: the form in which the model calls tools; "auto": by its chat template.
     """
 
     served_model_names: tuple[str, ...] = ("default",)
@@ -91,6 +93,7 @@ class ServerSettings:
     max_choices: int = 256
     cors_origins: tuple[str, ...] = ()
     log_format: LogFormat = "text"
+    tool_call_parser: ToolCallParser = "auto"
 
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):

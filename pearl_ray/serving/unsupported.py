@@ -15,17 +15,9 @@ from pearl_ray.serving.errors import ApiError
 # body -> field -> the values that ask for nothing; null always does.
 NOT_HONOURED: dict[str, dict[str, tuple[Any, ...]]] = {
     "chat": {
-        "response_format": ({"type": "text"},),
-        "tools": ([],),
-        "tool_choice": ("none",),
-        "parallel_tool_calls": (True, False),  # says how tools are called, and there are none
         "store": (False,),
         "service_tier": ("auto", "default"),
         "modalities": (["text"],),
-    },
-    "message": {
-        "tool_calls": ([],),
-        "tool_call_id": (),
     },
     "completion": {
         "echo": (False,),
@@ -35,13 +27,11 @@ NOT_HONOURED: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
-def refuse_unsupported(kind: str, body: BaseModel, prefix: str = "") -> None:
+def refuse_unsupported(kind: str, body: BaseModel) -> None:
     """Raise ``ApiError`` (400) for the first field of ``body`` that asks for what isn't honoured."""
     for name, neutral in NOT_HONOURED[kind].items():
         value = getattr(body, name)
-        asked = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
-        if asked is None or any(asked == one and type(asked) is type(one) for one in neutral):
+        if value is None or any(value == one and type(value) is type(one) for one in neutral):
             continue
-        param = f"{prefix}{name}"
         hint = f"; it may only be {' or '.join(map(repr, neutral))}" if neutral else ""
-        raise ApiError(400, f"{param} is not supported by this server{hint}", param=param, code="unsupported_parameter")
+        raise ApiError(400, f"{name} is not supported by this server{hint}", param=name, code="unsupported_parameter")

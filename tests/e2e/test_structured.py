@@ -1,4 +1,4 @@
-"""Structured output through the whole engine: random schemas, regexes and choices on a tiny pair that can spell JSON."""
+"""Structured output through the whole engine: random schemas, regexes, choices on a tiny pair that can spell JSON."""
 
 from __future__ import annotations
 

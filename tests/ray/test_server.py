@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import httpx
 import openai
 import pytest
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 
 from pearl_ray import PearlConfig, PearlEngine, SamplingParams
 from pearl_ray.deployment import deploy, stop_deployment
@@ -21,6 +23,7 @@ from pearl_ray.serving.http_actor import find_http_actor, start_http_actor
 from pearl_ray.serving.server import HttpServer, bind
 from pearl_ray.serving.settings import ServerSettings
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "Once upon a time"
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30)
@@ -131,6 +134,41 @@ def test_the_server_is_ready_and_tokenises_as_the_model_does(url, engine) -> Non
     ids = httpx.post(f"{url}/tokenize", json={"prompt": PROMPT}).json()["tokens"]
     assert ids == engine.tokenizer.encode(PROMPT)
     assert httpx.post(f"{url}/detokenize", json={"tokens": ids}).json() == {"prompt": PROMPT}
+
+
+def test_a_request_is_answered_by_the_target_alone_when_it_says_so(client) -> None:
+    def ask(**extra: object) -> Any:
+        body = {"include_speculation": True, **extra}
+        return client.completions.create(model="tiny", prompt=PROMPT, seed=3, max_tokens=30, extra_body=body)
+
+    pearl, alone = ask(), ask(num_speculative_tokens=0)
+    assert alone.choices[0].text == pearl.choices[0].text
+    assert set(alone.choices[0].model_extra["pearl"]["origins"]) == {"prefill", "target"}
+    assert alone.usage.model_extra["speculation"]["num_drafted"] == 0
+
+
+def test_each_panel_of_the_dashboard_finds_its_metrics_and_labels_in_a_scrape(client, url) -> None:
+    client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30)
+    scrape = httpx.get(f"{url}/metrics").text
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(scrape):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    for side in ("target", "draft"):
+        for name in ("round_seconds", "bridge_wait_seconds"):
+            count = re.search(rf'^pearl:{name}_count{{side="{side}"}} (.+)$', scrape, re.MULTILINE)
+            assert count is not None and float(count[1]) > 0, (name, side)
+    for panel in json.loads((ROOT / "docs" / "grafana.json").read_text("utf-8"))["panels"]:
+        for target in panel.get("targets", []):
+            query = target["expr"]
+            names = set(re.findall(r"pearl:\w+", query))
+            # A deployment without recoveries in its stats() has no such counter yet; Prometheus shows an empty panel.
+            missing = names - labels.keys() - {"pearl:recoveries_total"}
+            assert names and not missing, (panel["title"], missing)
+            grouped = ",".join(re.findall(r"by \(([^)]*)\)", query)) + "," + ",".join(re.findall(r"(\w+)=", query))
+            used = set(re.findall(r"\w+", grouped)) | set(re.findall(r"{{(\w+)}}", target.get("legendFormat", "")))
+            for name in names & labels.keys():
+                assert used <= labels[name], (panel["title"], name, used - labels[name])
 
 
 def test_the_server_of_a_detached_deployment_ends_with_it(ray_session, tiny_dirs, engine) -> None:

@@ -104,7 +104,7 @@ def test_auto_becomes_float32_and_torch_on_a_cpu() -> None:
 
 
 def test_auto_becomes_the_checkpoints_dtype_on_a_gpu() -> None:
-    resolved = resolve(PearlConfig(), has_cuda=True, checkpoint_dtype="float16", has_flash_attn=True)
+    resolved = resolve(PearlConfig(block_size=256), has_cuda=True, checkpoint_dtype="float16", has_flash_attn=True)
     assert (resolved.device, resolved.dtype, resolved.attention_backend) == ("cuda", "float16", "flash-attn")
     without = resolve(PearlConfig(), has_cuda=True, checkpoint_dtype="bfloat16")
     assert (without.dtype, without.attention_backend) == ("bfloat16", "triton")

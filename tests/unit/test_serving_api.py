@@ -103,6 +103,7 @@ def test_the_fields_of_the_engine_reach_it(client: openai.OpenAI, engine: FakeEn
         "stop_token_ids": [9],
         "verification": "rejection",
         "draft_temperature": 0.5,
+        "num_speculative_tokens": 0,
     }
     client.completions.create(
         model="tiny",

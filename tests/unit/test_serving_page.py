@@ -102,6 +102,25 @@ def test_escape_stops_the_answer_and_the_server_hears_of_it(page: Any) -> None:
         is_done(page)
 
 
+def test_one_deployment_answers_with_and_without_speculation_side_by_side(page: Any) -> None:
+    engine = FakeEngine(delay_s=0.005)
+    with serving(engine) as server:
+        page.goto(server.url)
+        page.wait_for_selector("#model option", state="attached")
+        page.locator("#options summary").click()
+        page.check("#ar")
+        page.fill("#max", "45")
+        page.fill("#prompt", "Hi")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector(".pane >> nth=1")
+        is_done(page)
+        assert [text.strip() for text in page.locator(".pane .text").all_inner_texts()] == [ANSWER.strip()] * 2
+        assert "target alone" in page.locator(".pane h2").nth(1).inner_text()
+    pearl, alone = (params for _, params in engine.submitted)
+    assert (pearl.num_speculative_tokens, alone.num_speculative_tokens) == (None, 0)
+    assert pearl.seed == alone.seed is not None
+
+
 def test_two_deployments_answer_side_by_side_with_one_seed(page: Any) -> None:
     one, two = FakeEngine(delay_s=0.005), FakeEngine(delay_s=0.005)
     with serving(one) as here, serving(two, cors_origins=(here.url,), keys=KeyRing.of(["sk-two"])) as there:

@@ -1,0 +1,273 @@
+"""What a chat request wants of tools: how they're told to the model, how a call is forced, which parser reads it.
+
+A model whose chat template knows tools is told by it; any other by a system message in Qwen's words. A forced call is
+held to a JSON schema of name and arguments, so that it always parses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pearl_ray.core.errors import RequestRefusedError
+from pearl_ray.core.params import StructuredOutputsParams
+from pearl_ray.serving.backend import Tokenizer
+from pearl_ray.serving.errors import ApiError
+from pearl_ray.serving.schema import ChatCompletionRequest, FunctionDefinition, Message, NamedToolChoice
+from pearl_ray.serving.settings import ToolCallParser
+from pearl_ray.serving.tool_parsers import HERMES_CLOSE, HERMES_OPEN, HermesParser, LlamaParser, Parser
+
+Form = Literal["hermes", "llama3_json"]
+ARGUMENTS: dict[Form, str] = {"hermes": "arguments", "llama3_json": "parameters"}
+
+_PROBE = "pearl_ray_probe"
+_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+_TOLD: dict[Form, str] = {
+    "hermes": (
+        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{tools}\n</tools>\n\n"
+        "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
+        'XML tags:\n<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>'
+    ),
+    "llama3_json": (
+        "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
+        'best answers the given prompt. Respond in the format {{"name": function name, "parameters": dictionary of '
+        "argument name and its value}}. Do not use variables.\n\n{tools}"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a model is told of tools and writes calls.
+
+    Attributes:
+        form: None: its template knows tools and writes calls in a form that isn't known here.
+        native: whether its template knows tools.
+    """
+
+    form: Form | None
+    native: bool
+
+
+def dialect_of(tokenizer: Tokenizer, chosen: ToolCallParser) -> Dialect:
+    """Found out by what the template makes of a tool; ``chosen``: the form, or "auto"."""
+    tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": _NO_ARGUMENTS}}
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tools=[tool])
+    except RequestRefusedError:  # no template, or one that has no place for tools
+        text = ""
+    native = _PROBE in text
+    if chosen != "auto":
+        return Dialect(chosen, native)
+    if not native or HERMES_OPEN in text:
+        return Dialect("hermes", native)
+    is_llama = "<|start_header_id|>" in text or '"parameters": dictionary' in text
+    return Dialect("llama3_json" if is_llama else None, native)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of one request that may be called; ``forced``: one of them must be."""
+
+    functions: tuple[FunctionDefinition, ...]
+    forced: bool
+    form: Form
+    several: bool
+
+    @property
+    def grammar(self) -> StructuredOutputsParams | None:
+        """What the answer is held to; raises ``ConfigError`` if a function's parameters can't be JSON."""
+        return StructuredOutputsParams(json=_schema_of(self.functions, ARGUMENTS[self.form])) if self.forced else None
+
+    @property
+    def prompt_end(self) -> str:
+        """What the assistant is made to begin with."""
+        return f"{HERMES_OPEN}\n" if self.forced and self.form == "hermes" else ""
+
+    def parser(self) -> Parser:
+        """A fresh one, for one answer."""
+        names = frozenset(function.name for function in self.functions)
+        if self.form == "hermes":
+            return HermesParser(names, in_call=self.forced)
+        return LlamaParser(names)
+
+
+def tool_use(body: ChatCompletionRequest, dialect: Dialect) -> ToolUse | None:
+    """What the request wants of tools; None where none may be called.
+
+    Raises:
+        ApiError: (400) the fields don't go together, or can't be honoured.
+    """
+    functions = [tool.function for tool in body.tools or ()]
+    names = [function.name for function in functions]
+    if len(set(names)) < len(names):
+        raise _bad("tools", "two functions have the same name")
+    choice = body.tool_choice
+    if not functions:
+        if choice not in (None, "none"):
+            raise _bad("tool_choice", "needs tools")
+        return None
+    if choice == "none":
+        return None
+    if body.response_format is not None and body.response_format.type != "text":
+        raise _bad("response_format", "can't be followed where tools may be called; send tool_choice: none")
+    if body.structured_outputs is not None:
+        raise _bad("structured_outputs", "can't be followed where tools may be called; send tool_choice: none")
+    if not body.add_generation_prompt:
+        raise _bad("add_generation_prompt", "must be true where tools may be called")
+    forced = isinstance(choice, NamedToolChoice) or choice == "required"
+    if isinstance(choice, NamedToolChoice):
+        functions = [function for function in functions if function.name == choice.function.name]
+        if not functions:
+            raise _bad("tool_choice", f"names {choice.function.name!r}, which is none of tools")
+    strict = next((function.name for function in functions if function.strict), None)
+    if strict is not None and not forced:
+        raise _bad("tools", f"strict: true (of {strict!r}) is only kept where tool_choice is required or a function")
+    if dialect.form is None:
+        what = "the form in which this model calls them isn't known; start the server with --tool-call-parser"
+        raise ApiError(400, f"tools: {what}", param="tools", code="unsupported_parameter")
+    return ToolUse(tuple(functions), forced, dialect.form, body.parallel_tool_calls is not False)
+
+
+def _bad(param: str, what: str) -> ApiError:
+    return ApiError(400, f"{param}: {what}", param=param, code="invalid_value")
+
+
+def _schema_of(functions: Sequence[FunctionDefinition], key: str) -> dict[str, Any]:
+    """A JSON schema of one call of one of the functions. Their own schemas keep their inner references."""
+    calls, homes = [], {}
+    for index, function in enumerate(functions):
+        home = f"#/$defs/tool{index}"
+        homes[f"tool{index}"] = _moved(_parameters(function), home)
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": function.name}, key: {"$ref": home}},
+                "required": ["name", key],
+                "additionalProperties": False,
+            }
+        )
+    return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": homes}
+
+
+def _parameters(function: FunctionDefinition) -> dict[str, Any]:
+    """Arguments are an object whatever else the schema says; no schema: there are none."""
+    return {"type": "object", **function.parameters} if function.parameters else _NO_ARGUMENTS
+
+
+def _moved(schema: Any, home: str) -> Any:  # noqa: ANN401 - any JSON
+    """The schema with its references into itself as they are once it stands at ``home``."""
+    if isinstance(schema, list):
+        return [_moved(part, home) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: home + value[1:]
+        if key == "$ref" and isinstance(value, str) and value.startswith("#")
+        else _moved(value, home)
+        for key, value in schema.items()
+    }
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
+
+
+def for_template(
+    messages: Sequence[Message], functions: Sequence[FunctionDefinition], dialect: Dialect | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Messages and tools as the chat template takes them.
+
+    Args:
+        dialect: may be None where neither messages nor functions speak of tools.
+
+    Raises:
+        ApiError: (400) calls or their results where they can't be.
+    """
+    plain = [_plain(message, f"messages.{index}") for index, message in enumerate(messages)]
+    tools = [_written(function) for function in functions]
+    if dialect is None or dialect.native:
+        return plain, tools or None
+    form = dialect.form or "hermes"
+    plain = [_without_tools(message, form) for message in plain]
+    if tools:
+        told = _TOLD[form].format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        if plain[0]["role"] == "system":
+            plain[0] = {**plain[0], "content": f"{plain[0]['content']}\n\n{told}"}
+        else:
+            plain.insert(0, {"role": "system", "content": told})
+    return plain, None
+
+
+def speaks_of_tools(message: Message) -> bool:
+    """Whether it is a call, or a call's result."""
+    return bool(message.tool_calls) or message.role == "tool"
+
+
+def _written(function: FunctionDefinition) -> dict[str, Any]:
+    return {
+        "type": "function",
+        "function": {
+            "name": function.name,
+            "description": function.description or "",
+            "parameters": _parameters(function),
+        },
+    }
+
+
+def _plain(message: Message, param: str) -> dict[str, Any]:
+    """As chat templates expect it: plain text, and the role that older models know."""
+    if message.tool_calls and message.role != "assistant":
+        raise _bad(f"{param}.tool_calls", "only the assistant calls tools")
+    if (message.tool_call_id is not None) != (message.role == "tool"):
+        raise _bad(f"{param}.tool_call_id", "goes with role tool, always")
+    content = message.content
+    text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    plain: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": text}
+    for name in ("name", "tool_call_id"):
+        if getattr(message, name) is not None:
+            plain[name] = getattr(message, name)
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.function.name,
+                    "arguments": _object(call.function.arguments, f"{param}.tool_calls.{index}.function.arguments"),
+                },
+            }
+            for index, call in enumerate(message.tool_calls)
+        ]
+    return plain
+
+
+def _object(text: str, param: str) -> dict[str, Any]:
+    """Templates want the arguments as an object."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise _bad(param, "must be a JSON object, as text")
+    return found
+
+
+def _without_tools(message: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    """Calls as the model writes them, and results as the user's words, for a template that knows neither."""
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+    calls = [
+        json.dumps(
+            {"name": call["function"]["name"], ARGUMENTS[form]: call["function"]["arguments"]}, ensure_ascii=False
+        )
+        for call in message.get("tool_calls", ())
+    ]
+    if not calls:
+        return dict(message)
+    if form == "hermes":
+        calls = [f"{HERMES_OPEN}\n{call}\n{HERMES_CLOSE}" for call in calls]
+    parts = [message["content"], *(calls if form == "hermes" else ["; ".join(calls)])]
+    return {"role": "assistant", "content": "\n".join(filter(None, parts))}
