@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         VocabularyMismatchError,
     )
     from pearl_ray.core.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamChunk
-    from pearl_ray.core.params import SamplingParams
+    from pearl_ray.core.params import SamplingParams, StructuredOutputsParams
     from pearl_ray.engine import PearlEngine
 
 __version__ = "0.1.0"
@@ -49,6 +49,7 @@ __all__ = [
     "RequestRefusedError",
     "SamplingParams",
     "StreamChunk",
+    "StructuredOutputsParams",
     "UnsupportedModelError",
     "VocabularyMismatchError",
     "__version__",
@@ -63,6 +64,7 @@ _HOMES = {
     "RequestOutput": "pearl_ray.core.outputs",
     "SamplingParams": "pearl_ray.core.params",
     "StreamChunk": "pearl_ray.core.outputs",
+    "StructuredOutputsParams": "pearl_ray.core.params",
     "connect": "pearl_ray.client",
 }
 
