@@ -87,20 +87,30 @@ class Machine:
         return result
 
     def end(self) -> None:
-        """End all processes of the sessions started, and wait until they are gone."""
+        """End all processes of the sessions started, and wait until they are gone.
+
+        Killing is repeated: what a raylet forked while it was being ended joins the list late, and on a loaded
+        machine a killed process stands in ``/proc`` for a while.
+        """
         for session in self.sessions:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(session, signal.SIGTERM)
-            deadline = time.monotonic() + 10
+            self._wait(session, seconds=10)
+            deadline = time.monotonic() + 30
             while (left := processes_of(session, self.rays)) and time.monotonic() < deadline:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(session, os.WNOHANG)
-                time.sleep(0.05)
-            for process in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+                for process in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
+                self._wait(session, seconds=2)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(session, 0)
+
+    def _wait(self, session: int, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while processes_of(session, self.rays) and time.monotonic() < deadline:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(session, os.WNOHANG)
+            time.sleep(0.05)
 
 
 def processes_of(session: int, folder: Path) -> list[int]:
@@ -111,10 +121,18 @@ def processes_of(session: int, folder: Path) -> list[int]:
             continue
         with contextlib.suppress(OSError):
             state, _, _, owner = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            command = command_line(int(entry.name))
             if state != "Z" and (int(owner) == session or f"{folder}/" in command):
                 found.append(int(entry.name))
     return found
+
+
+def command_line(process: int) -> str:
+    """Its arguments, NUL-separated; empty when it is gone."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 @pytest.fixture
@@ -123,6 +141,6 @@ def machine() -> Iterator[Machine]:
     machine = Machine(folder)
     yield machine
     machine.end()
-    left = processes_of(-1, machine.rays)
+    left = [command_line(process) for process in processes_of(-1, machine.rays)]
     shutil.rmtree(folder, ignore_errors=True)
     assert left == []
