@@ -32,3 +32,30 @@ class ForwardBatch:
     context_lens: tuple[int, ...]
     block_tables_SB: torch.Tensor
     output_rows_R: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StaticBatch:
+    """A pass of fixed shape whose contents lie in device tensors: it can be captured in a CUDA graph and replayed.
+
+    Rows from ``query_start_S1[-1]`` on and sequences without query tokens are padding: what they hold is read by
+    nobody, their results are unspecified (may be NaN), and they change nothing else.
+
+    Attributes:
+        token_ids_T, positions_T, slots_T: int32 or int64; as in :class:`ForwardBatch`, slot -1 writes nothing.
+        query_start_S1: int32, from 0 on, never falling; sequence s owns ``[query_start[s], query_start[s + 1])``.
+        context_lens_S: int32, the KV that exists after this pass, query tokens included.
+        block_tables_SB: int32; entries behind a sequence's keys aren't read.
+        output_rows_R: int64, or None: every row.
+        max_query_len, max_context_len: bounds that hold for every replay.
+    """
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    query_start_S1: torch.Tensor
+    context_lens_S: torch.Tensor
+    block_tables_SB: torch.Tensor
+    output_rows_R: torch.Tensor | None
+    max_query_len: int
+    max_context_len: int

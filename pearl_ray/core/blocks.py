@@ -8,8 +8,9 @@ draft proposed may be wrong, and a wrong block under a right hash would poison l
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ROOT = b""
@@ -17,8 +18,14 @@ ROOT = b""
 
 def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The hash of a block: of its tokens and everything before it. SHA-256: a collision would be a wrong answer."""
-    data = parent + b"".join(token.to_bytes(4, "little") for token in tokens)
-    return hashlib.sha256(data).digest()
+    return hashlib.sha256(parent + struct.pack(f"<{len(tokens)}I", *tokens)).digest()
+
+
+def extend_hashes(hashes: list[bytes], tokens: Sequence[int], block_size: int, count: int) -> None:
+    """Make ``hashes``, those of the first full blocks of ``tokens``, at least ``count`` long; each is made once."""
+    while len(hashes) < count:
+        start = len(hashes) * block_size
+        hashes.append(block_hash(hashes[-1] if hashes else ROOT, tokens[start : start + block_size]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +80,24 @@ class BlockPool:
     def find_prefix(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
         """The cached blocks that hold the longest prefix of ``tokens`` of at most ``max_tokens``; takes nothing."""
         found: list[int] = []
-        if not self.prefix_caching:
-            return found
-        parent = ROOT
-        for start in range(0, max_tokens - self.block_size + 1, self.block_size):
-            parent = block_hash(parent, tokens[start : start + self.block_size])
-            block = self._block_of.get(parent)
-            if block is None:
+        hashes: list[bytes] = []
+        while (len(found) + 1) * self.block_size <= max_tokens:
+            extend_hashes(hashes, tokens, self.block_size, len(found) + 1)
+            more = self.find(hashes[len(found) :])
+            if not more:
                 break
-            found.append(block)
+            found += more
+        return found
+
+    def find(self, hashes: Iterable[bytes]) -> list[int]:
+        """The cached blocks of the longest prefix whose blocks have these hashes; takes nothing."""
+        found: list[int] = []
+        if self.prefix_caching:
+            for digest in hashes:
+                block = self._block_of.get(digest)
+                if block is None:
+                    break
+                found.append(block)
         return found
 
     def num_free_among(self, blocks: Sequence[int]) -> int:
@@ -125,13 +141,19 @@ class BlockPool:
 
 
 class Holding:
-    """The blocks one sequence holds in one pool, and how far their committed part has been made findable."""
+    """The blocks one sequence holds in one pool, and how far their committed part has been made findable.
 
-    def __init__(self, pool: BlockPool) -> None:
+    ``hashes``: of the sequence's first full blocks, as far as they have been made; extended here, and shared with
+    whoever holds blocks of the same tokens in another pool of the same block size.
+    """
+
+    __slots__ = ("_hashes", "_num_kept", "blocks", "pool")
+
+    def __init__(self, pool: BlockPool, hashes: list[bytes] | None = None) -> None:
         self.pool = pool
         self.blocks: list[int] = []
         self._num_kept = 0
-        self._parent = ROOT
+        self._hashes = hashes if hashes is not None else []
 
     @property
     def capacity(self) -> int:
@@ -153,22 +175,20 @@ class Holding:
         assert not self.blocks
         self.pool.share(cached, len(tokens))
         self.blocks = list(cached)
-        size = self.pool.block_size
-        for index in range(len(cached)):
-            self._parent = block_hash(self._parent, tokens[index * size : (index + 1) * size])
         self._num_kept = len(cached)
-        return len(cached) * size
+        return len(cached) * self.pool.block_size
 
     def keep_committed(self, tokens: Sequence[int], num_written: int) -> None:
         """Make the full blocks among the first ``num_written`` committed tokens findable."""
-        size = self.pool.block_size
         if not self.pool.prefix_caching:
             return
-        while (self._num_kept + 1) * size <= num_written:
-            start = self._num_kept * size
-            self._parent = block_hash(self._parent, tokens[start : start + size])
-            self.pool.keep(self.blocks[self._num_kept], self._parent)
-            self._num_kept += 1
+        count = num_written // self.pool.block_size
+        if count <= self._num_kept:
+            return
+        extend_hashes(self._hashes, tokens, self.pool.block_size, count)
+        for index in range(self._num_kept, count):
+            self.pool.keep(self.blocks[index], self._hashes[index])
+        self._num_kept = count
 
     def release(self) -> None:
         """Give everything back."""

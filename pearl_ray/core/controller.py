@@ -6,8 +6,9 @@ round; between the two the shards run on by themselves. Knows nothing of Ray, so
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pearl_ray.core.blocks import BlockPool
@@ -24,16 +25,17 @@ from pearl_ray.core.params import SamplingParams, Verification
 from pearl_ray.core.phases import Commit, Node, Phase
 from pearl_ray.core.replica import Replica
 from pearl_ray.core.requests import Answer, Request, Update, make_request
-from pearl_ray.core.residents import Residents, Running
+from pearl_ray.core.residents import SPARE_ROUNDS, Residents, Running
 from pearl_ray.core.rng import entropy_seed, request_seed
-from pearl_ray.core.schedule import Limits, Work
+from pearl_ray.core.schedule import Limits
 from pearl_ray.core.statistics import Statistics
+from pearl_ray.core.waiting import WaitingQueue
 from pearl_ray.core.windows import WindowPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControllerConfig:
-    """What bounds admission; tokens and sequences."""
+    """What bounds admission; tokens and sequences. ``spare_rounds``: see ``residents``."""
 
     limits: Limits
     block_size: int
@@ -44,6 +46,7 @@ class ControllerConfig:
     eos_token_ids: frozenset[int]
     vocab_size: int
     seed: int | None
+    spare_rounds: int = SPARE_ROUNDS
 
 
 class Controller:
@@ -65,15 +68,17 @@ class Controller:
         self.windows = windows
         self.statistics = Statistics()
         self.requests: dict[str, Request] = {}
-        self._residents = Residents(target_pool, draft_pool)
+        self._residents = Residents(target_pool, draft_pool, config.spare_rounds)
         self._decode = decode
         self._clock = clock
-        self._waiting: deque[Answer] = deque()
+        self._waiting = WaitingQueue()
         self._changes: list[Change] = []
         self._in_flight: deque[PlanDiff] = deque()
         self._epoch = 0
         self._num_requests = 0
         self._touched: dict[int, Answer] = {}
+        self._chosen: Mapping[int, int] = {}  # the windows in force or on their way
+        self._short: list[Running] = []  # who holds fewer blocks than wanted
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -171,59 +176,66 @@ class Controller:
         Raises:
             ReplicaDivergedError: the shards did something else than this replica would.
         """
-        while self.replica.epoch < summary.epoch:
-            self.replica.apply(self._in_flight.popleft())
-        plan = self.replica.plan()
-        if self.replica.checksum() != summary.checksum or len(plan.works) != len(summary.sequences):
+        replica, running = self.replica, self._residents.running
+        while replica.epoch < summary.epoch:
+            replica.apply(self._in_flight.popleft())
+        plan = replica.plan()
+        if replica.checksum() != summary.checksum or len(plan.works) != len(summary.sequences):
             raise ReplicaDivergedError(f"round {summary.round}: coordinator and target disagree about the batch")
-        phases = [self.replica.sequences[work.seq_id].state.phase for work in plan.works]
+        before = [replica.sequences[work.seq_id].state for work in plan.works]
         drafted = [_nodes(entry.drafted) for entry in summary.sequences]
         verdicts = [(entry.num_accepted, entry.token) for entry in summary.sequences]
-        commits = self.replica.advance(plan, drafted, verdicts)
+        commits = replica.advance(plan, drafted, verdicts)
         self.statistics.count_round(summary)
-        for work, entry, phase, commit in zip(plan.works, summary.sequences, phases, commits, strict=True):
-            running = self._residents.running.get(work.seq_id)
-            if running is not None:  # else: it has left, and what it still did is dropped
-                self._take(running, work, entry, phase, commit)
+        num_drafted, num_accepted, made = [], [], 0
+        for work, entry, state, commit in zip(plan.works, summary.sequences, before, commits, strict=True):
+            member = running.get(work.seq_id)
+            if member is None:
+                continue  # it has left, and what it still did is dropped
+            if work.num_rows and state.is_decoding:
+                made += member.count_round(state, work, entry.num_accepted)
+                num_drafted.append(work.num_drafted)
+                num_accepted.append(entry.num_accepted)
+            self._take(member, entry, commit)
+        self.statistics.count_verdicts(num_drafted, num_accepted)
+        self.windows.observe_round(made, sum(num_accepted))
+        self.windows.observe_target(summary.num_target_rows, summary.forward_s)
         self._provide()
         self._admit()
         self._choose_windows()
-        self.windows.observe_target(summary.num_target_rows, summary.forward_s)
 
     def on_draft(self, summary: DraftSummary) -> None:
         """Learn what the draft's steps cost."""
         self.statistics.count_draft(summary)
-        self.windows.observe_draft(len(self._residents.running), summary.num_steps, summary.forward_s)
+        seconds = summary.forward_s + summary.advance_s  # all that stands between a verdict and the next window
+        self.windows.observe_draft(len(self._residents.running), summary.num_steps, seconds)
 
-    def _take(self, running: Running, work: Work, entry: SequenceSummary, phase: Phase, commit: Commit) -> None:
+    def _take(self, running: Running, entry: SequenceSummary, commit: Commit) -> None:
+        """Give an answer what was committed."""
         answer = running.answer
-        state = self.replica.sequences[work.seq_id].state
-        if phase is not Phase.PREFILL and work.num_rows:
-            answer.num_target_forwards += 1
-            answer.rounds[phase.value] = answer.rounds.get(phase.value, 0) + 1
-            answer.num_drafted += work.num_drafted
-            answer.num_accepted += entry.num_accepted
-            self.windows.observe(running.acceptance, work.num_tested, entry.num_accepted)
-            self.statistics.count_tests(work, entry)
-        for position, logprobs in enumerate(entry.prompt_logprobs, entry.prompt_start):
-            answer.request.prompt_logprobs.setdefault(position, logprobs)
-        if not commit.tokens:
+        if entry.prompt_logprobs:
+            for position, logprobs in enumerate(entry.prompt_logprobs, entry.prompt_start):
+                answer.request.prompt_logprobs.setdefault(position, logprobs)
+        num_new = len(commit.tokens)
+        if not num_new:
             self._keep(running)
             return
-        before = len(answer.token_ids)
-        answer.commit(commit, entry.logprobs)
-        self.statistics.generation_tokens += len(answer.token_ids) - before
-        self._touched[id(answer)] = answer
         request = answer.request
         if request.first_token_at is None:
             request.first_token_at = self._clock()
+        self.statistics.generation_tokens += answer.commit(commit, entry.logprobs)
+        self._touched[id(answer)] = answer
         if answer.finish_reason is not None:
             self._keep(running)
             self._leave(answer)
             if request.finished:
                 self._finish(request)
-        elif (state.num_committed - 1) % self.config.block_size < len(commit.tokens):
+            return
+        total = answer.num_tokens
+        if (total - 1) % self.config.block_size < num_new:
             self._keep(running)
+        if total > running.enough_until:
+            self._short.append(running)
 
     def _keep(self, running: Running) -> None:
         """Make the blocks findable that lie wholly below C − 1 and are written."""
@@ -233,7 +245,7 @@ class Controller:
     def _leave(self, answer: Answer) -> None:
         """Take an answer out of the batch or the queue."""
         if answer.seq_id is None:
-            self._waiting = deque(other for other in self._waiting if other is not answer)
+            self._waiting.remove(answer)
         else:
             self._changes.append(self._residents.leave(answer))
         self._touched[id(answer)] = answer
@@ -246,14 +258,14 @@ class Controller:
     # -- admission --------------------------------------------------------------------------------------------------
 
     def _provide(self) -> None:
-        """Extend the running sequences' blocks, the oldest first; preempt the youngest where there are none left."""
-        for running in self._residents.by_age():
+        """Extend the blocks of those short of them, oldest first; preempt the youngest where there are none left."""
+        short, self._short = self._short, []
+        for running in self._residents.by_age(short):
             while running.seq_id in self._residents.running and not self._extend(running):
                 self._preempt(self._residents.by_age()[-1])
 
     def _extend(self, running: Running) -> bool:
-        sequence = self.replica.sequences.get(running.seq_id)
-        committed = sequence.state.num_committed if sequence is not None else len(running.answer.tokens)
+        committed = running.answer.num_tokens
         if not self._residents.can_extend(running, committed):
             return False
         change = self._residents.extend(running, committed)
@@ -265,28 +277,34 @@ class Controller:
         """Put a sequence back in front of the queue; its committed tokens are fed again later, never drawn again."""
         answer = running.answer
         self._leave(answer)
-        self._waiting.appendleft(answer)
+        self._waiting.put_back(answer)
         self.statistics.preemptions += 1
 
     def _admit(self) -> None:
-        """Let waiting answers join, first come first served, while there is room."""
+        """Let waiting answers join while there is room, in the queue's order."""
         residents = self._residents
         while self._waiting and len(residents.running) < self.config.max_num_seqs:
-            answer = self._waiting[0]
-            window = self._window_for(answer, self.windows.first_window(len(residents.running) + 1))
-            if not residents.can_join(answer, window):
+            first = self.windows.first_window(len(residents.running) + 1)
+
+            def fits(answer: Answer, first: int = first) -> bool:
+                return residents.can_join(answer, self._window_for(answer, first))
+
+            answer = self._waiting.take(fits, self.statistics.num_rounds)
+            if answer is None:
                 break
-            self._waiting.popleft()
-            self._changes.append(residents.join(answer, window))
+            self._changes.append(residents.join(answer, self._window_for(answer, first)))
 
     def _choose_windows(self) -> None:
-        chosen = self.windows.choose(
-            {seq_id: running.acceptance for seq_id, running in self._residents.running.items()}
-        )
+        chosen = self.windows.choose(self._residents.acceptances)
+        if chosen is self._chosen:
+            return
+        self._chosen = chosen
         for seq_id, running in self._residents.running.items():
             window = self._window_for(running.answer, chosen[seq_id])
             if running.window != window:
-                running.window = window
+                running.set_window(window)
+                if running.answer.num_tokens > running.enough_until:
+                    self._short.append(running)
                 self._changes.append(SetWindow(running.seq_id, window))
 
     def _window_for(self, answer: Answer, chosen: int) -> int:
@@ -332,5 +350,8 @@ class Controller:
         return {"pools": pools, "phases": phases, "window_tokens": window}
 
 
+_PARENTS = range(-1, sys.maxsize)  # of the nodes of a chain
+
+
 def _nodes(tokens: Sequence[int]) -> tuple[Node, ...]:
-    return tuple(Node(token, index - 1) for index, token in enumerate(tokens))
+    return tuple(map(Node, tokens, _PARENTS))

@@ -68,17 +68,22 @@ class PlanDiff(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stamp(msgspec.Struct, frozen=True, tag=True):
-    """The target leader's word that ``round`` runs on the batch as of ``epoch``."""
+    """The target leader's word that ``round`` runs on the batch as of ``epoch``.
+
+    ``ahead``: the round after it will have the same sequences and windows, so that its target pass can be queued before
+    this one's verdict is known.
+    """
 
     round: int
     epoch: int
+    ahead: bool = False
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """The coordinator ends the loop; the shard returns from its run."""
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probabilities at one position: the token that is there and its rank (from 1), then the likeliest ids.
 
     Natural logarithms of the target's softmax over the raw logits, before temperature, penalties and filters.
@@ -91,7 +96,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
-class SequenceSummary(msgspec.Struct, frozen=True, array_like=True):
+class SequenceSummary(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One sequence's part of a round: enough to repeat its transition.
 
     ``logprobs``: per committed token, where the request asks for them; ``prompt_logprobs``: per prompt token whose
@@ -108,7 +113,10 @@ class SequenceSummary(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RoundSummary(msgspec.Struct, frozen=True, tag=True):
-    """A round as the target leader saw it. Times are seconds on that process's monotonic clock."""
+    """A round as the target leader saw it. Times are seconds on that process's monotonic clock.
+
+    ``gap_s``: on a GPU, how long its device had no forward pass between the last round's and this one's.
+    """
 
     round: int
     epoch: int
@@ -119,10 +127,14 @@ class RoundSummary(msgspec.Struct, frozen=True, tag=True):
     forward_s: float
     wait_s: float
     num_target_rows: int
+    gap_s: float = 0.0
 
 
 class DraftSummary(msgspec.Struct, frozen=True, tag=True):
-    """The draft's side of a round: its times, and the checksum of its replica before the round."""
+    """The draft's side of a round: its times, and the checksum of its replica before the round.
+
+    ``advance_s``: from the verdict until the next round could begin.
+    """
 
     round: int
     checksum: int
@@ -131,6 +143,7 @@ class DraftSummary(msgspec.Struct, frozen=True, tag=True):
     forward_s: float
     wait_s: float
     num_steps: int
+    advance_s: float = 0.0
 
 
 class ShardFailed(msgspec.Struct, frozen=True, tag=True):

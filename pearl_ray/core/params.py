@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json as jsonlib
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pearl_ray.core.errors import ConfigError
 
 Verification = Literal["coupled", "rejection"]
+
+MAX_INT = 2**31 - 1  # of counts and ids: what every message, tensor and JSON body can hold
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,26 +93,21 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop", _as_stops(self.stop))
+        object.__setattr__(self, "stop_token_ids", _as_ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _as_bias(self.logit_bias))
         if self.top_k == -1:  # vLLM's other spelling of "no limit"
             object.__setattr__(self, "top_k", 0)
         _whole("n", self.n, 1, 64)
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _whole("top_k", self.top_k, 0, None)
+        _whole("top_k", self.top_k, 0, MAX_INT)
         _number("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
             _whole("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None:
-            _whole("max_tokens", self.max_tokens, 1, None)
-        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
-        if any(not isinstance(s, str) or not s for s in stop):
-            raise ConfigError("stop", self.stop, "non-empty strings")
-        for t in self.stop_token_ids:
-            _whole("stop_token_ids", t, 0, None)
+            _whole("max_tokens", self.max_tokens, 1, MAX_INT)
+        _whole("min_tokens", self.min_tokens, 0, MAX_INT if self.max_tokens is None else self.max_tokens)
         for name in ("presence_penalty", "frequency_penalty"):
             _number(name, getattr(self, name), -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
@@ -151,10 +147,9 @@ def _as_schema_text(value: object) -> str:
     raise ConfigError("json", _brief(value), "a JSON schema: an object, as a dict or as JSON text")
 
 
-def _brief(value: object) -> str:
-    """The value in a message: a schema may be long."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+def _brief(value: object) -> object:
+    """The value for a message: of a long text the start."""
+    return f"{value[:79]}…" if isinstance(value, str) and len(value) > 80 else value
 
 
 def _is_unicode(text: str) -> bool:
@@ -162,24 +157,50 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
+def _as_stops(value: object) -> tuple[str, ...]:
+    stops = (value,) if isinstance(value, str) else () if value is None else value
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) and s and _is_unicode(s) for s in stops):
+        raise ConfigError("stop", value, "a non-empty string, or a list of non-empty strings")
+    return tuple(stops)
+
+
+def _as_ids(name: str, value: object) -> tuple[int, ...]:
+    ids = () if value is None else value
+    if not isinstance(ids, (list, tuple)) or any(not _is_id(t) for t in ids):
+        raise ConfigError(name, value, f"a list of token ids, whole numbers from 0 to {MAX_INT}")
+    return tuple(ids)
+
+
 def _as_bias(value: object) -> dict[int, float]:
-    if not isinstance(value, dict) and value is not None:
-        raise ConfigError("logit_bias", value, "a mapping from token id to a bias in [-100, 100]")
-    try:
-        bias = {int(k): float(v) for k, v in (value or {}).items()}
-    except (TypeError, ValueError):
-        raise ConfigError("logit_bias", value, "a mapping from token id to a bias in [-100, 100]") from None
-    if any(k < 0 or not -100.0 <= v <= 100.0 for k, v in bias.items()):
-        raise ConfigError("logit_bias", value, "token ids from 0, biases in [-100, 100]")
-    return bias
+    """Ids may be decimal text, as JSON's keys are."""
+    given = {} if value is None else value
+    if isinstance(given, dict):
+        pairs = [(_as_id(key), amount) for key, amount in given.items()]
+        if all(_is_id(token) and _is_bias(amount) for token, amount in pairs):
+            return {token: float(amount) for token, amount in pairs}
+    allowed = f"a mapping from token ids (from 0 to {MAX_INT}) to biases in [-100, 100]"
+    raise ConfigError("logit_bias", value, allowed)
 
 
-def _whole(name: str, value: object, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ConfigError(name, value, f"a whole number from {low}" + (f" to {high}" if high is not None else ""))
+def _as_id(key: Any) -> Any:  # noqa: ANN401
+    is_decimal = isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20
+    return int(key) if is_decimal else key
+
+
+def _is_bias(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -100.0 <= value <= 100.0
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INT
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(name, value, f"a whole number from {low} to {high}")
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    ok = not isinstance(value, bool) and isinstance(value, (int, float))
     if not ok or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
         raise ConfigError(name, value, f"a number in {'(' if open_low else '['}{low:g}, {high:g}]")

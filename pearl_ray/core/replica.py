@@ -7,10 +7,11 @@ checksum in every message proves it. Knows nothing of processes, models or text.
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import numpy as np
+import msgspec
 
 from pearl_ray.core.messages import Extend, Join, Leave, PlanDiff, SetWindow
 from pearl_ray.core.phases import Commit, Node, Round, SequenceState, transition
@@ -66,24 +67,24 @@ class Replica:
                     sequence.draft_blocks.extend(change.draft_blocks)
                 case SetWindow():
                     sequence = self.sequences[change.seq_id]
-                    sequence.state = replace(sequence.state, window=change.window)
+                    sequence.state = msgspec.structs.replace(sequence.state, window=change.window)
 
     def plan(self) -> RoundPlan:
         """The next round's work."""
         size = self.block_size
-        members = (
+        members = [
             Member(seq_id, s.state, len(s.target_blocks) * size, len(s.draft_blocks) * size)
             for seq_id, s in self.sequences.items()
-        )
+        ]
         return plan_round(members, self.limits)
 
     def advance(
         self, plan: RoundPlan, drafted: Sequence[tuple[Node, ...]], verdicts: Sequence[tuple[int, int]]
     ) -> list[Commit]:
         """Apply a finished round: per work of the plan, what was drafted, and (accepted, token) of the verdict."""
-        commits = []
+        sequences, commits = self.sequences, []
         for work, nodes, (num_accepted, token) in zip(plan.works, drafted, verdicts, strict=True):
-            sequence = self.sequences[work.seq_id]
+            sequence = sequences[work.seq_id]
             event = Round(work.target_fed, work.draft_fed, nodes, work.num_tested, num_accepted, token)
             sequence.state, commit = transition(sequence.state, event)
             sequence.tokens.extend(commit.tokens)
@@ -96,7 +97,7 @@ class Replica:
         for seq_id, sequence in self.sequences.items():
             s = sequence.state
             counts += (seq_id, s.num_committed, len(s.pending), s.window, s.target_kv, s.draft_kv)
-        return zlib.crc32(np.array(counts, dtype=np.int64).tobytes())
+        return zlib.crc32(array("q", counts))
 
     def target_entry(self, work: Work, drafted: Sequence[Node] = ()) -> tuple[list[int], int]:
         """The tokens the target feeds for a work and the position of the first; ``drafted`` only in SD."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from pearl_ray.core.detokenizer import Detokenizer
 from pearl_ray.core.messages import TokenLogprobs
 from pearl_ray.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, run_lengths
@@ -22,6 +24,8 @@ class Answer:
     Attributes:
         max_total: length (prompt included) at which it ends.
         seq_id: its sequence in the batch; None while it waits.
+        num_pre_verify, num_post_verify: rounds it took part in, by the phase in which it began them.
+        block_hashes: of its tokens' first full cache blocks, kept here by whoever made them.
     """
 
     request: Request
@@ -34,10 +38,11 @@ class Answer:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     seq_id: int | None = None
-    num_target_forwards: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_pre_verify: int = 0
+    num_post_verify: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
-    rounds: dict[str, int] = field(default_factory=dict)
     _sent: int = 0
     _unsent_text: str = ""
 
@@ -46,41 +51,61 @@ class Answer:
         """Prompt and committed output."""
         return self.request.prompt_ids + self.token_ids
 
-    def commit(self, commit: Commit, logprobs: Sequence[TokenLogprobs] = ()) -> None:
-        """Take committed tokens in order, up to the first stop; what lies behind it is trimmed."""
+    @property
+    def num_target_forwards(self) -> int:
+        """Rounds it took part in, prefill not counted."""
+        return self.num_pre_verify + self.num_post_verify
+
+    @property
+    def rounds(self) -> dict[str, int]:
+        """Those by phase, where there were any."""
+        counts = {"pre_verify": self.num_pre_verify, "post_verify": self.num_post_verify}
+        return {phase: count for phase, count in counts.items() if count}
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and committed output."""
+        return len(self.request.prompt_ids) + len(self.token_ids)
+
+    def commit(self, commit: Commit, logprobs: Sequence[TokenLogprobs] = ()) -> int:
+        """Take committed tokens in order, up to the first stop; what lies behind it is trimmed.
+
+        Returns by how many tokens the answer grew.
+        """
         assert self.finish_reason is None
-        kept = 0
-        for token in commit.tokens:
-            kept += 1
-            total = len(self.token_ids) + kept
-            reason = self._token_stop(token, total)
-            if reason is not None:
-                self.finish_reason, self.stop_reason = reason
-                break
-        tokens = list(commit.tokens[:kept])
+        before = len(self.token_ids)
+        tokens = commit.tokens
+        kept = len(tokens)
+        if self.num_tokens + kept >= self.max_total or not self.request.end_ids.isdisjoint(tokens):
+            kept = self._num_until_stop(tokens)
+            tokens = tokens[:kept]
         ended = self.finish_reason == "stop"  # the token that ended it has no text
         delta = self.detokenizer.append(tokens[:-1] if ended else tokens)
         self._unsent_text += delta.text
         self.token_ids += tokens
         self.origins += commit.origins[:kept]
-        self.logprobs += logprobs[:kept]
+        if logprobs:
+            self.logprobs += logprobs[:kept]
         if delta.stop_reason is not None:
             for kept_list in (self.token_ids, self.origins, self.logprobs):
                 del kept_list[delta.num_tokens_used :]
             self.finish_reason, self.stop_reason = "stop", delta.stop_reason
         elif self.finish_reason is not None:
             self._unsent_text += self.detokenizer.finish()
+        return len(self.token_ids) - before
 
-    def _token_stop(self, token: int, num_output: int) -> tuple[FinishReason, int | None] | None:
-        params = self.request.params
-        if num_output >= params.min_tokens:
-            if token in params.stop_token_ids:
-                return "stop", token
-            if not params.ignore_eos and token in self.request.eos_token_ids:
-                return "stop", None
-        if len(self.request.prompt_ids) + num_output >= self.max_total:
-            return "length", None
-        return None
+    def _num_until_stop(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens remain, up to the one that ends the answer; sets the reasons if there is one."""
+        params, num_output, left = self.request.params, len(self.token_ids), self.max_total - self.num_tokens
+        for index, token in enumerate(tokens, 1):
+            if token in self.request.end_ids and num_output + index >= params.min_tokens:
+                self.finish_reason = "stop"
+                self.stop_reason = token if token in params.stop_token_ids else None
+                return index
+            if index >= left:
+                self.finish_reason = "length"
+                return index
+        return len(tokens)
 
     def abort(self) -> None:
         """End it where it is."""
@@ -89,21 +114,19 @@ class Answer:
 
     def take_update(self, request_id: str) -> Update | None:
         """What came since the last call, or None."""
-        if self._sent == len(self.token_ids) and not self._unsent_text and self.finish_reason is None:
+        sent, self._sent = self._sent, len(self.token_ids)
+        if sent == self._sent and not self._unsent_text and self.finish_reason is None:
             return None
-        tokens, origins = self.token_ids[self._sent :], self.origins[self._sent :]
         text, self._unsent_text = self._unsent_text, ""
-        logprobs = self.readable(self.logprobs[self._sent :]) if self.request.params.logprobs is not None else None
-        self._sent = len(self.token_ids)
         return Update(
             request_id,
             self.index,
-            tuple(tokens),
-            tuple(origins),
+            tuple(self.token_ids[sent:]),
+            tuple(self.origins[sent:]),
             text,
             self.finish_reason,
             self.stop_reason,
-            logprobs,
+            None if self.request.params.logprobs is None else self.readable(self.logprobs[sent:]),
         )
 
     def readable(self, logprobs: Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
@@ -123,8 +146,7 @@ class Answer:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(msgspec.Struct, frozen=True, gc=False):
     """New tokens of one answer, for a stream."""
 
     request_id: str
@@ -139,7 +161,10 @@ class Update:
 
 @dataclass(slots=True)
 class Request:
-    """A request in the engine; times are seconds of the engine's clock."""
+    """A request in the engine; times are seconds of the engine's clock.
+
+    ``end_ids``: the tokens that end an answer, once it has ``min_tokens``.
+    """
 
     request_id: str
     prompt: str | None
@@ -147,7 +172,7 @@ class Request:
     params: SamplingParams
     seed: int
     rejection: bool
-    eos_token_ids: frozenset[int]
+    end_ids: frozenset[int]
     arrived: float
     decode: Callable[[list[int]], str]
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
@@ -158,14 +183,14 @@ class Request:
     @property
     def finished(self) -> bool:
         """Whether all answers have ended."""
-        return all(answer.finish_reason is not None for answer in self.answers)
+        for answer in self.answers:  # noqa: SIM110 - asked once per update: a generator costs five times as much
+            if answer.finish_reason is None:
+                return False
+        return True
 
     def stop_mask(self) -> list[int]:
         """Tokens that would end an answer, which ``min_tokens`` keeps from being chosen."""
-        if self.params.min_tokens == 0:
-            return []
-        eos = () if self.params.ignore_eos else self.eos_token_ids
-        return sorted({*self.params.stop_token_ids, *eos})
+        return sorted(self.end_ids) if self.params.min_tokens else []
 
     def output(self) -> RequestOutput:
         """All answers so far, and the cost."""
@@ -224,7 +249,8 @@ def make_request(
 ) -> Request:
     """A request with its waiting answers, which end at ``max_total`` tokens, prompt included, at the latest."""
     ids = list(prompt_ids)
-    request = Request(request_id, prompt, ids, params, seed, rejection, eos_token_ids, now, decode)
+    end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
+    request = Request(request_id, prompt, ids, params, seed, rejection, end_ids, now, decode)
     for index in range(params.n):
         detokenizer = Detokenizer(decode, ids, stop=params.stop, min_tokens=params.min_tokens)
         request.answers.append(Answer(request, index, max_total, detokenizer))

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from pearl_ray.core.phases import Mode, SequenceState
 
 
@@ -20,8 +22,7 @@ class Limits:
     max_num_batched_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True, gc=False):
     """One sequence's part of a round.
 
     Attributes:
@@ -49,16 +50,15 @@ class RoundPlan:
     @property
     def num_drafted(self) -> int:
         """New tokens of all sequences: 0 means that no window crosses the bridge."""
-        return sum(work.num_drafted for work in self.works)
+        return sum([work.num_drafted for work in self.works])
 
     @property
     def num_target_rows(self) -> int:
         """Query tokens of the target's forward pass."""
-        return sum(work.target_fed for work in self.works)
+        return sum([work.target_fed for work in self.works])
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(msgspec.Struct, frozen=True, gc=False):
     """A sequence of the batch as the schedule sees it; capacities are tokens that fit in the blocks it holds."""
 
     seq_id: int
@@ -69,74 +69,84 @@ class Member:
 
 def plan_round(members: Iterable[Member], limits: Limits) -> RoundPlan:
     """Decide the round. Deterministic in its arguments; sequences without room or work are left out."""
-    decoding: dict[int, Work] = {}
-    prefilling: list[Member] = []
-    behind: list[Member] = []
-    order: list[int] = []
+    mode = limits.mode
+    works: list[Work | None] = []
+    prefilling: list[tuple[int, Member]] = []  # with their places in ``works``, as in ``behind``
+    behind: list[tuple[int, Member]] = []
     target_budget = draft_budget = limits.max_num_batched_tokens
     for member in members:
-        order.append(member.seq_id)
-        if member.state.is_full:
+        state = member.state
+        if state.is_full:
             continue
-        if not member.state.is_decoding:
-            prefilling.append(member)
+        if not state.is_decoding:
+            prefilling.append((len(works), member))
+            works.append(None)
             continue
-        work = _decode(member, limits, draft_budget)
+        work = _decode(member, mode, draft_budget)
         if work is None:
             continue
-        decoding[member.seq_id] = work
         target_budget -= work.target_fed
         draft_budget -= work.draft_fed
-        if work.num_drafted == 0 and member.state.window > 0 and limits.mode != "ar":
-            behind.append(member)
-    target_chunks = _share(target_budget, [(m.seq_id, _target_lack(m)) for m in prefilling])
-    draft_lacks = [(m.seq_id, _draft_lack(m)) for m in prefilling + behind] if limits.mode != "ar" else []
+        if work.num_drafted == 0 and state.window > 0 and mode != "ar":
+            behind.append((len(works), member))
+        works.append(work)
+    if not prefilling and not behind:
+        return RoundPlan(tuple(works))  # type: ignore[arg-type]  # None stands for sequences in prefill only
+    target_chunks = _share(target_budget, [(m.seq_id, _target_lack(m)) for _, m in prefilling])
+    draft_lacks = [(m.seq_id, _draft_lack(m)) for _, m in prefilling + behind] if mode != "ar" else []
     draft_chunks = _share(draft_budget, draft_lacks)
-    works = dict(decoding)
-    for member in behind:
-        work = works[member.seq_id]
+    for place, member in behind:
+        work = works[place]
+        assert work is not None
         fed = draft_chunks.get(member.seq_id, 0)
-        works[member.seq_id] = Work(work.seq_id, work.target_fed, work.num_rows, work.num_tested, fed, 0)
-    for member in prefilling:
-        target_fed = target_chunks.get(member.seq_id, 0)
-        state = member.state
-        samples = (
-            target_fed > 0
-            and state.num_committed == state.num_prompt
-            and state.target_kv + target_fed == state.num_committed
-        )
-        draft_fed = draft_chunks.get(member.seq_id, 0)
-        if target_fed or draft_fed:
-            works[member.seq_id] = Work(member.seq_id, target_fed, int(samples), 0, draft_fed, 0)
-    return RoundPlan(tuple(works[seq_id] for seq_id in order if seq_id in works))
+        works[place] = Work(work.seq_id, work.target_fed, work.num_rows, work.num_tested, fed, 0)
+    for place, member in prefilling:
+        works[place] = _prefill(member, target_chunks.get(member.seq_id, 0), draft_chunks.get(member.seq_id, 0))
+    return RoundPlan(tuple([work for work in works if work is not None]))
 
 
-def _decode(member: Member, limits: Limits, draft_budget: int) -> Work | None:
+def _decode(member: Member, mode: Mode, draft_budget: int) -> Work | None:
     """A decoding sequence's work, or None where its blocks don't reach (they are on their way)."""
     state = member.state
     m, committed = len(state.pending), state.num_committed
-    drafted = _num_drafted(member, limits, draft_budget)
-    rows = min(1 + (drafted if limits.mode == "sd" else m), state.max_total - committed)
+    drafted = 0 if mode == "ar" or state.window == 0 else _num_drafted(member, mode, draft_budget)
+    rows = 1 + (drafted if mode == "sd" else m)
+    if committed + rows > state.max_total:
+        rows = state.max_total - committed
     if committed - 1 + rows > member.target_capacity:
         return None
-    tested = min(m + drafted, rows)
+    tested = m + drafted if m + drafted < rows else rows
     draft_fed = committed + m - state.draft_kv if drafted else 0
     return Work(member.seq_id, rows, rows, tested, draft_fed, drafted)
 
 
-def _num_drafted(member: Member, limits: Limits, draft_budget: int) -> int:
+def _num_drafted(member: Member, mode: Mode, draft_budget: int) -> int:
     """w: the window, cut to what the cache, the budget and the sequence's end allow."""
     state = member.state
-    if limits.mode == "ar" or state.window == 0:
-        return 0
     base = state.num_committed + len(state.pending)
-    if base - state.draft_kv > max(draft_budget, 1):
+    lack = base - state.draft_kv
+    if lack > 1 and lack > draft_budget:
         return 0  # the draft is behind by more than a chunk: it catches up without drafting
-    room = min(member.draft_capacity - base + 1, state.max_total - base)
-    if limits.mode == "sd":
+    last = state.max_total if state.max_total <= member.draft_capacity else member.draft_capacity + 1
+    if mode == "sd" and last > base + member.target_capacity - state.num_committed:
         # Room for the drafted rows in the target's cache; at the end no row is left for a bonus.
-        room = min(room, member.target_capacity - state.num_committed)
-    return max(min(state.window, room), 0)
+        last = base + member.target_capacity - state.num_committed
+    if base + state.window <= last:
+        return state.window
+    return last - base if last > base else 0
+
+
+def _prefill(member: Member, target_fed: int, draft_fed: int) -> Work | None:
+    """A chunk of a sequence's known tokens for either model; None where neither gets any."""
+    if not target_fed and not draft_fed:
+        return None
+    state = member.state
+    samples = (
+        target_fed > 0
+        and state.num_committed == state.num_prompt
+        and state.target_kv + target_fed == state.num_committed
+    )
+    return Work(member.seq_id, target_fed, int(samples), 0, draft_fed, 0)
 
 
 def _target_lack(member: Member) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pearl_ray.core.phases import Mode
 
@@ -22,6 +23,7 @@ PRIOR_WEIGHT = 64.0  # tests the prior counts for, in the engine's estimate
 SEQUENCE_PRIOR_WEIGHT = 8.0  # tests the engine's estimate counts for in a sequence's own
 ALPHA_LEVELS = 20
 PRICE_STEPS = 3
+_TOO_DEEP_DW = np.where(np.arange(MAX_WINDOW + 1) > np.array(DEPTHS)[:, None], -np.inf, 0.0)
 GAIN_TO_DEEPEN = 1.01  # a deeper window must promise this much more: it also delays joins and stops
 REVIEW_ROUNDS = 8
 PROBE_ROUNDS = 64  # an AR sequence is tried again after so many rounds
@@ -86,8 +88,25 @@ def _interpolate(table: Mapping[int, float], x: float) -> float:
     return max(table[low] + slope * (x - low), 0.0)
 
 
+class _Curve:
+    """:func:`_interpolate` of one table for many points at once, scaled."""
+
+    def __init__(self, table: Mapping[int, float]) -> None:
+        keys = sorted(table)
+        self._x = np.array(keys, float)
+        self._y = np.array([table[key] for key in keys], float)
+        self._slope = 0.0 if len(keys) == 1 else (self._y[-1] - self._y[-2]) / (self._x[-1] - self._x[-2])
+
+    def __call__(self, x: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
+        beyond = np.maximum(x - self._x[-1], 0.0) * self._slope
+        seconds: NDArray[np.float64] = np.maximum(np.interp(x, self._x, self._y) + beyond, 0.0) * scale
+        return seconds
+
+
 class Acceptance:
     """One sequence's recent acceptance, or the engine's: tests count less the older they are."""
+
+    __slots__ = ("_accepted", "_memory", "_tested", "rounds_without")
 
     def __init__(self, memory: float = 96.0) -> None:
         self._memory = memory
@@ -95,13 +114,22 @@ class Acceptance:
         self._accepted = 0.0
         self.rounds_without = 0  # rounds since a token was last tested
 
-    def observe(self, num_tested: int, num_accepted: int) -> None:
-        """A round's verdict; tests behind the first failure were never made, and the failure counts as one."""
+    def observe(self, num_tested: int, num_accepted: int) -> int:
+        """A round's verdict; tests behind the first failure were never made, and the failure counts as one.
+
+        Returns how many tests were made.
+        """
         if num_tested == 0:
             self.rounds_without += 1
-            return
+            return 0
         self.rounds_without = 0
-        self._tested += min(num_accepted + 1, num_tested)
+        made = num_accepted + 1 if num_accepted < num_tested else num_tested
+        self.add(made, num_accepted)
+        return made
+
+    def add(self, num_made: int, num_accepted: int) -> None:
+        """That many tests were made, that many of them passed."""
+        self._tested += num_made
         self._accepted += num_accepted
         if self._tested > self._memory:
             self._tested /= 2
@@ -134,9 +162,12 @@ class WindowPolicy:
         self._draft_ratio = 1.0
         self._overall = Acceptance(memory=8192.0)
         self._windows: dict[int, int] = {}
+        self._asleep: list[int] = []  # the sequences whose window is 0
         self._rounds = 0
         self._first: tuple[tuple[int, ...], int] = ((), 0)
         self._tokens_AW, self._rows_AW = _tables(mode)
+        if costs is not None:
+            self._target_curve, self._draft_curve = _Curve(costs.target_s), _Curve(costs.draft_s)
 
     @property
     def acceptance(self) -> float:
@@ -145,8 +176,11 @@ class WindowPolicy:
 
     def observe(self, sequence: Acceptance, num_tested: int, num_accepted: int) -> None:
         """Count a verdict for a sequence and for the engine."""
-        sequence.observe(num_tested, num_accepted)
-        self._overall.observe(num_tested, num_accepted)
+        self.observe_round(sequence.observe(num_tested, num_accepted), num_accepted)
+
+    def observe_round(self, num_made: int, num_accepted: int) -> None:
+        """Count the tests that a round made, all sequences together, and how many passed, for the engine."""
+        self._overall.add(num_made, num_accepted)
 
     def observe_target(self, rows: int, seconds: float) -> None:
         """A target forward took this long."""
@@ -169,45 +203,68 @@ class WindowPolicy:
         return self._first[1]
 
     def choose(self, sequences: Mapping[int, Acceptance]) -> Mapping[int, int]:
-        """The window of every sequence, by id; looked at anew every few rounds, and when the batch changes."""
+        """The window of every sequence, by id; looked at anew every few rounds, and when the batch changes.
+
+        The answer is another object where it differs from the last one, and not to be written to.
+        """
+        changed = sequences.keys() != self._windows.keys()
         if self._mode == "ar" or self._fixed is not None:
-            return dict.fromkeys(sequences, 0 if self._mode == "ar" else self._fixed or 0)
+            if changed:
+                self._windows = dict.fromkeys(sequences, 0 if self._mode == "ar" else self._fixed or 0)
+            return self._windows
         self._rounds += 1
-        if self._rounds % REVIEW_ROUNDS == 0 or sequences.keys() != self._windows.keys():
+        if changed or self._rounds % REVIEW_ROUNDS == 0:
             overall = self.acceptance
             alphas = [a.rate(overall, SEQUENCE_PRIOR_WEIGHT) for a in sequences.values()]
             self._windows = dict(zip(sequences, self._review(alphas), strict=True))
-        for seq_id, acceptance in sequences.items():
-            if self._windows[seq_id] == 0 and acceptance.rounds_without >= PROBE_ROUNDS:
-                self._windows[seq_id] = PROBE_WINDOW
+            self._asleep = [seq_id for seq_id, window in self._windows.items() if window == 0]
+        if self._asleep:
+            probed = [seq_id for seq_id in self._asleep if sequences[seq_id].rounds_without >= PROBE_ROUNDS]
+            if probed:
+                self._windows = self._windows | dict.fromkeys(probed, PROBE_WINDOW)
+                self._asleep = [seq_id for seq_id in self._asleep if self._windows[seq_id] == 0]
         return self._windows
 
     def _review(self, alphas: list[float]) -> list[int]:
-        """The windows for sequences of these acceptance rates."""
+        """The windows for sequences of these acceptance rates.
+
+        For every depth D: the windows up to D that are worth most at a price of 0 per row, the price that follows from
+        the speed they give, the windows at that price, and so on. Shapes: A acceptance levels in use, W windows.
+        """
         if not alphas:
             return []
-        costs = self.current_costs()
         levels = np.clip(np.rint(np.array(alphas) * ALPHA_LEVELS), 1, ALPHA_LEVELS - 1).astype(np.int64)
-        counts = np.bincount(levels, minlength=ALPHA_LEVELS + 1)
-        best, windows = -1.0, np.zeros(ALPHA_LEVELS + 1, np.int64)
-        for depth in DEPTHS:
-            price = 0.0
-            for _ in range(PRICE_STEPS if depth else 1):
-                worth = self._tokens_AW[:, : depth + 1] - price * self._rows_AW[:, : depth + 1]
-                chosen = worth.argmax(axis=1)
-                rows = float((counts * np.take_along_axis(self._rows_AW, chosen[:, None], 1)[:, 0]).sum())
-                tokens = float((counts * np.take_along_axis(self._tokens_AW, chosen[:, None], 1)[:, 0]).sum())
-                drafting = int(counts[chosen > 0].sum())
-                steps = int(chosen[counts > 0].max(initial=0)) * costs.draft(drafting) if drafting else 0.0
-                target = costs.target(rows)
-                seconds = target + steps if self._mode == "sd" else max(target, steps)
-                speed = tokens / seconds
-                if speed > best * (GAIN_TO_DEEPEN if best > 0 else 1.0):
-                    best, windows = speed, chosen
-                if self._mode == "pearl" and steps > target:
-                    break  # the target waits for the draft: its rows cost nothing
-                price = speed * (costs.target(rows + 1) - target)
-        return [int(windows[level]) for level in levels]
+        used_A, of_level, counts_A = np.unique(levels, return_inverse=True, return_counts=True)
+        tokens_AW, rows_AW = self._tokens_AW[used_A], self._rows_AW[used_A]
+        reachable_DAW = tokens_AW + _TOO_DEEP_DW[:, None, :]
+        price_D = np.zeros(len(DEPTHS))
+        steps: list[tuple[NDArray[np.intp], list[float], list[bool]]] = []  # windows [D, A], speeds, whether rows cost
+        for _ in range(PRICE_STEPS):
+            chosen_DA = (reachable_DAW - price_D[:, None, None] * rows_AW).argmax(axis=2)
+            at = np.arange(len(used_A)), chosen_DA
+            rows_D, tokens_D = (counts_A * rows_AW[at]).sum(1), (counts_A * tokens_AW[at]).sum(1)
+            drafting_D = ((chosen_DA > 0) * counts_A).sum(1).astype(float)
+            draft_s_D = chosen_DA.max(1) * self._draft_curve(drafting_D, self._draft_ratio)
+            target_s_D = self._target_curve(rows_D, self._target_ratio)
+            seconds_D = target_s_D + draft_s_D if self._mode == "sd" else np.maximum(target_s_D, draft_s_D)
+            speed_D = tokens_D / seconds_D
+            # Where the target waits for the draft its rows cost nothing.
+            costly_D = (draft_s_D <= target_s_D) if self._mode == "pearl" else np.ones(len(DEPTHS), bool)
+            steps.append((chosen_DA, speed_D.tolist(), costly_D.tolist()))
+            if not any(steps[-1][2]):
+                break
+            price_D = speed_D * (self._target_curve(rows_D + 1, self._target_ratio) - target_s_D)
+            if not price_D.any():
+                break  # rows are free: the windows stay
+        best, windows_A = -1.0, steps[0][0][0]
+        for depth in range(len(DEPTHS)):
+            for chosen_DA, speeds, costly in steps:
+                if speeds[depth] > best * (GAIN_TO_DEEPEN if best > 0 else 1.0):
+                    best, windows_A = speeds[depth], chosen_DA[depth]
+                if not costly[depth] or depth == 0:
+                    break
+        windows: list[int] = windows_A[of_level].tolist()
+        return windows
 
     def current_costs(self) -> StepCosts:
         """The warm-up's costs, corrected by what rounds take now."""
