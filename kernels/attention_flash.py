@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from pearl_ray.core.batch import ForwardBatch
+from pearl_ray.core.batch import ForwardBatch, StaticBatch
 from pearl_ray.core.errors import ConfigError
 from pearl_ray.kernels.attention_torch import HeadGroups
 
@@ -55,13 +55,8 @@ class FlashAttention:
         Raises:
             ConfigError: the cache's blocks or the type don't suit the library.
         """
-        if block_size % PAGE != 0 or dtype not in (torch.bfloat16, torch.float16):
-            allowed = f"it takes bfloat16 and float16, and cache blocks of a multiple of {PAGE} tokens"
-            raise ConfigError("attention_backend", "flash-attn", f"{allowed}; use 'triton'")
         device = batch.token_ids_T.device
-        key = (tuple(q_to_kv), device)
-        if key not in self._groups:
-            self._groups[key] = HeadGroups.make(*key)
+        groups = self._checked_groups(block_size, q_to_kv, dtype, device)
         key_start = [0]
         for length in batch.context_lens:
             key_start.append(key_start[-1] + length)
@@ -69,7 +64,7 @@ class FlashAttention:
         if device.type == "cuda":
             facts = facts.pin_memory().to(device, non_blocking=True)
         return FlashMetadata(
-            self._groups[key],
+            groups,
             facts[0],
             facts[1],
             batch.block_tables_SB.int(),
@@ -77,6 +72,41 @@ class FlashAttention:
             max(b - a for a, b in pairwise(batch.query_start)),
             max(batch.context_lens),
         )
+
+    def prepare_static(
+        self, batch: StaticBatch, *, block_size: int, q_to_kv: Sequence[int], dtype: torch.dtype
+    ) -> FlashMetadata:
+        """See ``AttentionBackend``.
+
+        With one query token at most the library would take row i for sequence i's, so that only the last sequences
+        could be padding: it is told of two.
+
+        Raises:
+            ConfigError: the cache's blocks or the type don't suit the library.
+        """
+        lengths_S = batch.context_lens_S
+        key_start_S1 = torch.zeros(len(lengths_S) + 1, dtype=torch.int32, device=lengths_S.device)
+        torch.cumsum(lengths_S, 0, dtype=torch.int32, out=key_start_S1[1:])
+        return FlashMetadata(
+            self._checked_groups(block_size, q_to_kv, dtype, lengths_S.device),
+            batch.query_start_S1,
+            key_start_S1,
+            batch.block_tables_SB.int(),
+            batch.slots_T,
+            max(batch.max_query_len, 2),
+            batch.max_context_len,
+        )
+
+    def _checked_groups(
+        self, block_size: int, q_to_kv: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> HeadGroups:
+        if block_size % PAGE != 0 or dtype not in (torch.bfloat16, torch.float16):
+            allowed = f"it takes bfloat16 and float16, and cache blocks of a multiple of {PAGE} tokens"
+            raise ConfigError("attention_backend", "flash-attn", f"{allowed}; use 'triton'")
+        key = (tuple(q_to_kv), device)
+        if key not in self._groups:
+            self._groups[key] = HeadGroups.make(*key)
+        return self._groups[key]
 
     def store_kv(
         self,

@@ -8,6 +8,7 @@ per KV head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from pearl_ray.core.batch import ForwardBatch
+from pearl_ray.core.batch import ForwardBatch, StaticBatch
 
 MAX_CHUNK = 128  # query tokens attended at once: bounds the scores and the mask to MAX_CHUNK x context
 
@@ -75,42 +76,69 @@ class TorchMetadata:
         mask: ``[C * P, max L]``, C the longest chunk: 0 where the last C positions of the longest sequence may look,
             -inf elsewhere. Its lower right corners are the masks of all shorter chunks and contexts. None if every
             sequence has one query token.
-        store_rows: rows of the batch that are written, None for all; ``store_slots``: where.
+        slots_T: where keys and values go, -1: nowhere.
     """
 
     groups: HeadGroups
     spans: tuple[SequenceSpan, ...]
     mask: torch.Tensor | None
-    store_rows: torch.Tensor | None
-    store_slots: torch.Tensor
+    slots_T: torch.Tensor
 
 
 class TorchAttention:
-    """The backend named 'torch' (see ``AttentionBackend``)."""
+    """The backend named 'torch' (see ``AttentionBackend``).
+
+    Deterministic: query tokens are attended one by one, so that a token's bits depend on its keys alone.
+    """
 
     name = "torch"
 
-    def __init__(self) -> None:
+    def __init__(self, *, deterministic: bool = False) -> None:
+        self._chunk = 1 if deterministic else MAX_CHUNK
         self._groups: dict[tuple[tuple[int, ...], torch.device], HeadGroups] = {}
 
     def prepare(
         self, batch: ForwardBatch, *, block_size: int, q_to_kv: Sequence[int], dtype: torch.dtype
     ) -> TorchMetadata:
-        """See ``AttentionBackend``. Reads the slots' signs and the block tables on the host: one wait on a GPU."""
+        """See ``AttentionBackend``. Reads the block tables on the host: one wait on a GPU."""
         device = batch.token_ids_T.device
         key = (tuple(q_to_kv), device)
         if key not in self._groups:
             self._groups[key] = HeadGroups.make(*key)
         groups = self._groups[key]
-        longest = max(b - a for a, b in pairwise(batch.query_start))
-        mask = None
-        if longest > 1:
-            mask = _corner_mask(min(longest, MAX_CHUNK), max(batch.context_lens), groups.size, dtype, device)
-        rows, slots = None, batch.slots_T
-        if bool((slots < 0).any()):
-            rows = (slots >= 0).nonzero()[:, 0]
-            slots = slots[rows]
-        return TorchMetadata(groups, _spans(batch, block_size), mask, rows, slots)
+        longest = min(max(b - a for a, b in pairwise(batch.query_start)), self._chunk)
+        mask = _corner_mask(longest, max(batch.context_lens), groups.size, dtype, device) if longest > 1 else None
+        return TorchMetadata(groups, _spans(batch, block_size), mask, batch.slots_T)
+
+    def prepare_static(
+        self, batch: StaticBatch, *, block_size: int, q_to_kv: Sequence[int], dtype: torch.dtype
+    ) -> TorchMetadata:
+        """See ``AttentionBackend``. Reads the batch on the host; padding rows come out as NaN."""
+        starts, lengths = batch.query_start_S1.tolist(), batch.context_lens_S.tolist()
+        assert starts[0] == 0 and starts[-1] <= len(batch.token_ids_T), f"{starts} of {len(batch.token_ids_T)} rows"
+        real = [seq for seq, (a, b) in enumerate(pairwise(starts)) if a < b]
+        for seq in real:
+            assert starts[seq + 1] - starts[seq] <= batch.max_query_len and lengths[seq] <= batch.max_context_len
+        if not real:
+            groups = HeadGroups.make(q_to_kv, batch.token_ids_T.device)
+            return TorchMetadata(groups, (), None, torch.full_like(batch.slots_T, -1))
+        slots_T = batch.slots_T.clone()
+        slots_T[starts[-1] :] = -1
+        num_blocks = -(-max(lengths[seq] for seq in real) // block_size)
+        return self.prepare(
+            ForwardBatch(
+                batch.token_ids_T,
+                batch.positions_T,
+                slots_T,
+                (0, *(starts[seq + 1] for seq in real)),
+                tuple(lengths[seq] for seq in real),
+                batch.block_tables_SB[real, :num_blocks].long(),
+                torch.empty(0, dtype=torch.int64),
+            ),
+            block_size=block_size,
+            q_to_kv=q_to_kv,
+            dtype=dtype,
+        )
 
     def store_kv(
         self,
@@ -121,10 +149,9 @@ class TorchAttention:
         metadata: TorchMetadata,
     ) -> None:
         """See ``AttentionBackend``."""
+        rows = (metadata.slots_T >= 0).nonzero()[:, 0]
         for new, cache in ((k_TGD, k_cache), (v_TGD, v_cache)):
-            if metadata.store_rows is not None:
-                new = new[metadata.store_rows]
-            cache.flatten(0, 1).index_copy_(0, metadata.store_slots, new)
+            cache.flatten(0, 1).index_copy_(0, metadata.slots_T[rows].long(), new[rows])
 
     def paged_attention(
         self, q_THD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: TorchMetadata
@@ -144,8 +171,8 @@ class TorchAttention:
         k_flat, v_flat = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
         for span in metadata.spans:
             k_GLD, v_GLD = span.read(k_flat).transpose(0, 1), span.read(v_flat).transpose(0, 1)
-            for start in range(span.start, span.stop, MAX_CHUNK):
-                stop = min(start + MAX_CHUNK, span.stop)
+            for start in range(span.start, span.stop, self._chunk):
+                stop = min(start + self._chunk, span.stop)
                 seen = span.context_len - (span.stop - stop)
                 bias = None if stop - start == 1 else _corner(mask, (stop - start) * groups.size, seen)
                 outputs.append(
@@ -156,6 +183,10 @@ class TorchAttention:
                         attn_mask=bias,
                     )
                 )
+        num_padding = num_tokens - (metadata.spans[-1].stop if metadata.spans else 0)
+        if num_padding:
+            shape = (1, groups.num_kv, num_padding * groups.size, width)
+            outputs.append(torch.full(shape, math.nan, dtype=q_THD.dtype, device=q_THD.device))
         out_GMD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         out_GTPD = out_GMD.view(groups.num_kv, num_tokens, groups.size, width)
         out_THD = out_GTPD.transpose(0, 1).reshape(num_tokens, groups.num_kv * groups.size, width)

@@ -1,4 +1,4 @@
-"""The attention backend 'triton': metadata on the device, tile sizes, splits over the keys. Knows no layers.
+"""The attention backend 'triton': metadata on the device, scratch memory, launches. Knows no layers.
 
 Shapes: T query tokens, S sequences, H query heads, G KV heads, D head width, B blocks of a table. What changes from
 round to round is a device tensor, so that a forward can be captured in a CUDA graph with maxima fixed.
@@ -7,91 +7,46 @@ round to round is a device tensor, so that a forward can be captured in a CUDA g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import triton
 
-from pearl_ray.core.batch import ForwardBatch
+from pearl_ray.core.batch import ForwardBatch, StaticBatch
 from pearl_ray.core.errors import ConfigError
 from pearl_ray.kernels.attention_kernel import attend, join
+from pearl_ray.kernels.attention_plan import (
+    FIXED_ROWS,
+    MAX_TILE,
+    Plan,
+    TritonMetadata,
+    cut_up,
+    make_fixed_plan,
+    make_plan,
+    slices,
+)
 from pearl_ray.kernels.kv_store import store_kv
+
+__all__ = ["DTYPES", "HEAD_DIMS", "Plan", "TritonAttention", "TritonMetadata", "make_plan", "num_multiprocessors"]
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
-MIN_SPLIT_KEYS = 128  # a part of the keys is at least this long
-MAX_TILE = 128 * 128  # rows x width of a tile of query rows
 JOIN_LAST_BYTES = 512 * 1024  # partial results that one program may join by itself; more are joined in parallel
 
 
-@dataclass(frozen=True, slots=True)
-class TritonMetadata:
-    """What the layers of one forward share.
-
-    Attributes:
-        query_start_S1, context_lens_S: int32 on the device; a sequence without query tokens is skipped, so batches of
-            fewer sequences fit the same graph. Rows from the last ``query_start`` on keep whatever the output held.
-        block_tables_SB: int32 or int64; entries behind a sequence's keys aren't read.
-        slots_T: int64, -1 writes nothing.
-        head_start_G1: int32, first query head of each KV head, and H.
-        group_size: query heads of the widest group.
-        max_query_len, max_context_len: bounds over the sequences, fixed where the forward is captured.
-        block_size: of the cache.
-        masks_T: int64, bit j: the row sees key ``window_starts[s] + j``; it sees every key before that. None: causal.
-        window_starts_S: int32.
-    """
-
-    query_start_S1: torch.Tensor
-    context_lens_S: torch.Tensor
-    block_tables_SB: torch.Tensor
-    slots_T: torch.Tensor
-    head_start_G1: torch.Tensor
-    group_size: int
-    max_query_len: int
-    max_context_len: int
-    block_size: int
-    masks_T: torch.Tensor | None = None
-    window_starts_S: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The launch: rows of a tile, keys of a block, tiles per sequence, parts of the keys, warps, pipeline stages."""
-
-    rows: int
-    block: int
-    tiles: int
-    splits: int
-    warps: int
-    stages: int
-
-
-def make_plan(metadata: TritonMetadata, num_kv: int, head_dim: int, num_sms: int) -> Plan:
-    """As few tiles as hold the query rows, and enough parts to give every multiprocessor two programs."""
-    dim = triton.next_power_of_2(head_dim)
-    most = min(128, MAX_TILE // dim)
-    least = max(16, triton.next_power_of_2(metadata.group_size))
-    rows = max(least, min(most, triton.next_power_of_2(metadata.max_query_len * metadata.group_size)))
-    tiles = triton.cdiv(metadata.max_query_len, rows // metadata.group_size)
-    block = 32 if dim == 256 else 64 if dim == 128 else 128
-    programs = tiles * num_kv * len(metadata.context_lens_S)
-    # A few parts that are long leave less to join; where a launch has many programs anyway, two run at a time.
-    per_sm = 1 if programs * 8 <= num_sms else 2
-    if (per_sm == 1 or metadata.max_context_len <= 1024) and rows <= 32 and dim < 256:
-        block = 128
-    splits = max(1, min(per_sm * num_sms // programs, triton.cdiv(metadata.max_context_len, MIN_SPLIT_KEYS)))
-    return Plan(rows, block, tiles, splits, 8 if rows >= 128 else 4, 2 if block == 128 and dim == 128 else 3)
-
-
 class TritonAttention:
-    """The backend named 'triton' (see ``AttentionBackend``). For one stream: forwards share scratch memory."""
+    """The backend named 'triton' (see ``AttentionBackend``). For one stream: forwards share scratch memory.
+
+    Deterministic: every launch has a fixed plan, and long chunks are cut up, which bounds the scratch memory.
+    """
 
     name = "triton"
 
-    def __init__(self) -> None:
+    def __init__(self, *, deterministic: bool = False) -> None:
+        self._deterministic = deterministic
         self._head_starts: dict[tuple[tuple[int, ...], torch.device], tuple[torch.Tensor, int]] = {}
         self._scratch: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._retired: list[torch.Tensor] = []
 
     def heads(self, q_to_kv: Sequence[int], device: torch.device) -> tuple[torch.Tensor, int]:
         """``(head_start_G1, group_size)``; ``q_to_kv`` must not decrease and must name every KV head."""
@@ -113,25 +68,54 @@ class TritonAttention:
         Raises:
             ConfigError: ``dtype`` isn't bfloat16 or float16.
         """
-        if dtype not in DTYPES:
-            raise ConfigError("attention_backend", "triton", f"it takes bfloat16 and float16, not {dtype}; use 'torch'")
         device = batch.token_ids_T.device
-        head_start, group_size = self.heads(q_to_kv, device)
-        facts = torch.tensor((*batch.query_start, *batch.context_lens), dtype=torch.int32)
-        if device.type == "cuda":
-            facts = facts.pin_memory().to(device, non_blocking=True)
-        num_seqs = len(batch.context_lens)
+        head_start, group_size = self._checked_heads(q_to_kv, dtype, device)
+        starts, lengths, tables = list(batch.query_start), list(batch.context_lens), batch.block_tables_SB
+        if self._deterministic:
+            starts, lengths, owners = cut_up(starts, lengths, max(FIXED_ROWS // group_size, 1))
+            if len(owners) > len(tables):
+                tables = tables.index_select(0, _on_device(owners, torch.int64, device))
+        facts = _on_device((*starts, *lengths), torch.int32, device)
         return TritonMetadata(
-            facts[: num_seqs + 1],
-            facts[num_seqs + 1 :],
-            batch.block_tables_SB,
+            facts[: len(starts)],
+            facts[len(starts) :],
+            tables,
             batch.slots_T,
             head_start,
             group_size,
-            max(b - a for a, b in pairwise(batch.query_start)),
-            max(batch.context_lens),
+            max(b - a for a, b in pairwise(starts)),
+            max(lengths),
             block_size,
         )
+
+    def prepare_static(
+        self, batch: StaticBatch, *, block_size: int, q_to_kv: Sequence[int], dtype: torch.dtype
+    ) -> TritonMetadata:
+        """See ``AttentionBackend``.
+
+        Contexts far below the maximum cost programs that end at once: the number of parts that a sequence's keys are
+        cut into follows its length, on the device.
+
+        Raises:
+            ConfigError: ``dtype`` isn't bfloat16 or float16.
+        """
+        return TritonMetadata(
+            batch.query_start_S1,
+            batch.context_lens_S,
+            batch.block_tables_SB,
+            batch.slots_T,
+            *self._checked_heads(q_to_kv, dtype, batch.token_ids_T.device),
+            batch.max_query_len,
+            batch.max_context_len,
+            block_size,
+        )
+
+    def _checked_heads(
+        self, q_to_kv: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, int]:
+        if dtype not in DTYPES:
+            raise ConfigError("attention_backend", "triton", f"it takes bfloat16 and float16, not {dtype}; use 'torch'")
+        return self.heads(q_to_kv, device)
 
     def store_kv(
         self,
@@ -168,15 +152,39 @@ class TritonAttention:
             raise ConfigError(
                 "attention_backend", "triton", f"head widths are {HEAD_DIMS}, not {head_dim}; use 'torch'"
             )
-        plan = plan or make_plan(metadata, num_kv, head_dim, num_multiprocessors(q_THD.device))
+        if not self._deterministic or plan is not None:
+            plan = plan or make_plan(metadata, num_kv, head_dim, num_multiprocessors(q_THD.device))
+            self._launch(out_THD, q_THD, k_cache, v_cache, metadata, plan, self._scratch_for(q_THD.device))
+            return out_THD
+        plan = make_fixed_plan(metadata, head_dim)
+        rows_of_sequence = plan.tiles * num_kv * plan.splits * plan.rows
+        scratch = self._scratch_for(q_THD.device, rows_of_sequence * triton.next_power_of_2(head_dim))
+        fitting = min(len(scratch[0]) // triton.next_power_of_2(head_dim), len(scratch[1])) // rows_of_sequence
+        for some in slices(metadata, fitting):
+            self._launch(out_THD, q_THD, k_cache, v_cache, some, plan, scratch)
+        return out_THD
+
+    def _launch(
+        self,
+        out_THD: torch.Tensor,
+        q_THD: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: TritonMetadata,
+        plan: Plan,
+        scratch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> None:
+        num_kv, head_dim = k_cache.shape[2], q_THD.shape[2]
         num_seqs, dim = len(metadata.context_lens_S), triton.next_power_of_2(head_dim)
-        partial, partial_top, counters = self._scratch_for(q_THD.device)
-        assert plan.splits == 1 or num_seqs * plan.tiles * num_kv * plan.splits <= len(counters)
+        partial, partial_top, counters = scratch
         assert plan.rows <= 128 and plan.rows * dim <= MAX_TILE
-        is_joined_last = plan.splits * plan.rows * dim * 4 <= JOIN_LAST_BYTES
+        is_joined_last = not plan.is_fixed and plan.splits * plan.rows * dim * 4 <= JOIN_LAST_BYTES
+        parts = num_seqs * plan.tiles * num_kv * plan.splits
+        assert plan.splits == 1 or parts * plan.rows <= min(len(partial) // dim, len(partial_top))
+        assert plan.splits == 1 or not is_joined_last or parts <= len(counters)
         has_masks = metadata.masks_T is not None
         shape = {"HEAD_DIM": head_dim, "DIM": dim, "GROUP": metadata.group_size, "ROWS": plan.rows, "BLOCK": plan.block}
-        shape |= {"MIN_BLOCKS": max(1, MIN_SPLIT_KEYS // plan.block), "HAS_MASKS": has_masks}
+        shape |= {"MIN_BLOCKS": max(1, plan.min_split_keys // plan.block), "HAS_MASKS": has_masks}
         attend[(plan.tiles, num_kv * plan.splits, num_seqs)](
             q_THD,
             k_cache,
@@ -206,6 +214,7 @@ class TritonAttention:
             JOIN_LAST=is_joined_last,
             STAGES=plan.stages,
             num_warps=plan.warps,
+            enable_fp_fusion=not plan.is_fixed,  # else masked and unmasked blocks round differently
         )
         if plan.splits > 1 and not is_joined_last:
             some = 4
@@ -223,19 +232,30 @@ class TritonAttention:
                 **shape,
                 SOME=some,
                 num_warps=2,
+                enable_fp_fusion=not plan.is_fixed,
             )
-        return out_THD
 
-    def _scratch_for(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Partial results, their log-sum-exps, and the counters (zero between launches), made once for all forwards."""
-        if device not in self._scratch:
-            programs = 2 * num_multiprocessors(device)
+    def _scratch_for(self, device: torch.device, least: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Partial results, their log-sum-exps, and the counters (zero between launches), made once for all forwards.
+
+        ``least``: partial results to have room for; more memory is taken than the first time only where one sequence's
+        don't fit, and the old is kept for the graphs that use it.
+        """
+        if device not in self._scratch or len(self._scratch[device][0]) < least:
+            programs = (8 if self._deterministic else 2) * num_multiprocessors(device)
+            programs = max(programs, triton.cdiv(least, MAX_TILE))
+            self._retired.extend(self._scratch.pop(device, ()))
             self._scratch[device] = (
                 torch.empty((programs * MAX_TILE,), dtype=torch.float32, device=device),
-                torch.empty((programs * 128,), dtype=torch.float32, device=device),
+                torch.empty((programs * MAX_TILE // HEAD_DIMS[0],), dtype=torch.float32, device=device),
                 torch.zeros((programs,), dtype=torch.int32, device=device),
             )
         return self._scratch[device]
+
+
+def _on_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    facts = torch.tensor(values, dtype=dtype)
+    return facts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else facts.to(device)
 
 
 def num_multiprocessors(device: torch.device) -> int:

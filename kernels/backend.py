@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 
-from pearl_ray.core.batch import ForwardBatch
+from pearl_ray.core.batch import ForwardBatch, StaticBatch
 from pearl_ray.core.errors import ConfigError
 
 Metadata = TypeVar("Metadata")
@@ -27,6 +27,14 @@ class AttentionBackend(Protocol, Generic[Metadata]):
 
     def prepare(self, batch: ForwardBatch, *, block_size: int, q_to_kv: Sequence[int], dtype: torch.dtype) -> Metadata:
         """What all layers of one forward share; ``q_to_kv`` gives each local query head its local KV head."""
+
+    def prepare_static(
+        self, batch: StaticBatch, *, block_size: int, q_to_kv: Sequence[int], dtype: torch.dtype
+    ) -> Metadata:
+        """:meth:`prepare` of a batch on the device: no wait for it and no copy to it (but for 'torch').
+
+        The first call for a ``q_to_kv`` makes constants, so the pass runs once before it is captured in a graph.
+        """
 
     def store_kv(
         self,
@@ -51,12 +59,14 @@ def choose_attention(
     head_dim: int | None = None,
     dtype: torch.dtype | None = None,
     block_size: int | None = None,
+    deterministic: bool = False,
 ) -> AttentionBackend[object]:
     """The backend called ``name`` ('auto': the fastest that ``device`` has and that can do what is asked).
 
     Args:
         head_dim, dtype, block_size: the model's and its cache's, where known: what a backend can't do is refused here
             rather than in the first forward. 'auto' takes flash-attn only if it knows all three.
+        deterministic: a row's result mustn't depend, to the last bit, on the rest of the batch; not with flash-attn.
 
     Raises:
         ConfigError: the name is unknown, or that backend isn't there for this device, or can't do what is asked.
@@ -68,7 +78,7 @@ def choose_attention(
         possible = " or ".join(repr(n) for n in ("auto", *available))
         why = "unknown" if name not in NAMES else f"not available on device '{torch.device(device).type}' here"
         raise ConfigError("attention_backend", name, f"{why}; use {possible}")
-    obstacles = {n: _obstacle(n, head_dim, dtype, block_size) for n in available}
+    obstacles = {n: _obstacle(n, head_dim, dtype, block_size, deterministic) for n in available}
     if name == "auto":
         is_known = None not in (head_dim, dtype, block_size)
         fastest_first = (*(("flash-attn",) if is_known else ()), "triton", "torch")
@@ -77,17 +87,21 @@ def choose_attention(
         able = " or ".join(repr(n) for n in available if obstacles[n] is None)
         raise ConfigError("attention_backend", name, f"{obstacles[name]}; use {able}")
     # Metadata is opaque to the caller: what prepare() returns goes back to the same backend.
-    return cast(AttentionBackend[object], _make(name))
+    return cast(AttentionBackend[object], _make(name, deterministic))
 
 
 def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _obstacle(name: str, head_dim: int | None, dtype: torch.dtype | None, block_size: int | None) -> str | None:
+def _obstacle(
+    name: str, head_dim: int | None, dtype: torch.dtype | None, block_size: int | None, deterministic: bool
+) -> str | None:
     """Why this backend can't, as far as is known; None if nothing speaks against it."""
     if name == "torch":
         return None
+    if name == "flash-attn" and deterministic:
+        return "its results depend on the batch, and 'deterministic' is asked for"
     if dtype is not None and dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
     widths = (64, 128) if name == "flash-attn" else (64, 80, 96, 128, 256)
@@ -98,7 +112,7 @@ def _obstacle(name: str, head_dim: int | None, dtype: torch.dtype | None, block_
     return None
 
 
-def _make(name: str) -> object:
+def _make(name: str, deterministic: bool) -> object:
     if name == "flash-attn":
         from pearl_ray.kernels.attention_flash import FlashAttention
 
@@ -106,7 +120,7 @@ def _make(name: str) -> object:
     if name == "triton":
         from pearl_ray.kernels.attention_triton import TritonAttention
 
-        return TritonAttention()
+        return TritonAttention(deterministic=deterministic)
     from pearl_ray.kernels.attention_torch import TorchAttention
 
-    return TorchAttention()
+    return TorchAttention(deterministic=deterministic)

@@ -2,13 +2,15 @@
 
 ``products`` keeps one product per weight in registers and sums at the end: for 1 to 4 rows. ``dots`` uses the matrix
 units with rows filled up to 16 and weights streamed through shared memory. No split over the inner dimension, so a
-result doesn't depend on the order in which programs end. Knows shapes; knows no layers.
+result doesn't depend on the order in which programs end. ``fixed_linear`` takes any number of rows through one tile
+shape, so that a row's bits depend on nothing but the row. Knows shapes; knows no layers.
 
 Shapes: M rows, N outputs, K inputs; weights ``[N, K]``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,9 +47,10 @@ DOTS = (
     Choice("dots", 32, 256, 4, 4),
     Choice("dots", 64, 128, 4, 4),
 )
+FIXED = DOTS[2]  # 96 KiB of shared memory
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _products(
     x,
     weight,
@@ -95,7 +98,7 @@ def _products(
         tl.store(out + m[:, None] * num_out + n[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # one program for any number of rows
 def _dots(
     x,
     weight,
@@ -112,11 +115,12 @@ def _dots(
     HAS_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    """Grid (tiles of ROWS rows, tiles of outputs): neighbours share weights."""
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     clamped = tl.minimum(n, num_out - 1)  # outputs beyond the last are computed and not stored
     w_at = weight + clamped.to(tl.int64)[:, None] * num_in + k[None, :]
-    x_at = x + tl.minimum(m, num_rows - 1)[:, None] * x_stride + k[None, :]
+    x_at = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
     acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for start in tl.range(0, num_in, BLOCK_K, num_stages=STAGES):
         if EVEN:
@@ -130,7 +134,8 @@ def _dots(
     if HAS_BIAS:
         acc += tl.load(bias + clamped).to(tl.float32)[None, :]
     inside = (m < num_rows)[:, None] & (n < num_out)[None, :]
-    tl.store(out + m[:, None] * num_out + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    to = out + m.to(tl.int64)[:, None] * num_out + n[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def candidates(num_rows: int) -> tuple[Choice, ...]:
@@ -144,14 +149,34 @@ def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | N
     """``x @ weight.T + bias``, ``[M, N]``, summed in float32 and rounded once (cuBLAS: as it does)."""
     if choice.kind == "torch":
         return F.linear(x_MK, weight_NK, bias_N)
+    num_rows = x_MK.shape[0]
+    assert num_rows <= MAX_ROWS
+    tiles = (triton.cdiv(weight_NK.shape[0], choice.block_n),)
+    if choice.kind == "dots":
+        return _launch(_dots, (1, *tiles), x_MK, weight_NK, bias_N, choice, {"ROWS": MAX_ROWS, "STAGES": choice.stages})
+    return _launch(_products, tiles, x_MK, weight_NK, bias_N, choice, {"ROWS": triton.next_power_of_2(num_rows)})
+
+
+def fixed_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+    """:func:`linear` of any number of rows, 16 at a time, by ``FIXED``: a row's bits don't depend on the others."""
+    grid = (triton.cdiv(x_MK.shape[0], MAX_ROWS), triton.cdiv(weight_NK.shape[0], FIXED.block_n))
+    return _launch(_dots, grid, x_MK, weight_NK, bias_N, FIXED, {"ROWS": MAX_ROWS, "STAGES": FIXED.stages})
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    choice: Choice,
+    sizes: Mapping[str, int],
+) -> torch.Tensor:
     num_rows, num_in = x_MK.shape
     num_out = weight_NK.shape[0]
-    assert num_rows <= MAX_ROWS and weight_NK.is_contiguous() and x_MK.stride(1) == 1
+    assert weight_NK.is_contiguous() and x_MK.stride(1) == 1
     out = torch.empty((num_rows, num_out), dtype=x_MK.dtype, device=x_MK.device)
-    is_dots = choice.kind == "dots"
-    extra = {"STAGES": choice.stages} if is_dots else {}
-    kernel = _dots if is_dots else _products
-    kernel[(triton.cdiv(num_out, choice.block_n),)](
+    kernel[grid](
         x_MK,
         weight_NK,
         bias_N if bias_N is not None else x_MK,
@@ -160,13 +185,12 @@ def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | N
         num_out,
         num_in,
         x_MK.stride(0),
-        ROWS=MAX_ROWS if is_dots else triton.next_power_of_2(num_rows),
+        **sizes,
         BLOCK_N=choice.block_n,
         BLOCK_K=choice.block_k,
         EVEN=num_in % choice.block_k == 0,
         HAS_BIAS=bias_N is not None,
         num_warps=choice.warps,
-        **extra,
     )
     return out
 
@@ -182,6 +206,20 @@ class LinearChoices:
     chosen: dict[tuple[int, int, torch.dtype, int], Choice] = field(default_factory=dict)
     _flush: torch.Tensor | None = None
 
+    def settle(self, weight_NK: torch.Tensor, num_rows: int) -> None:
+        """Measures this weight's shape for every number of rows up to ``num_rows``."""
+        bucket = 1
+        while bucket <= min(MAX_ROWS, triton.next_power_of_2(max(num_rows, 1))):
+            self.of(weight_NK, bucket)
+            bucket *= 2
+
+    def settled(self, weight_NK: torch.Tensor, num_rows: int) -> Choice:
+        """The choice that was measured; the library where none was. Never measures."""
+        if not 0 < num_rows <= MAX_ROWS:
+            return TORCH
+        bucket = 1 << (num_rows - 1).bit_length()
+        return self.chosen.get((weight_NK.shape[0], weight_NK.shape[1], weight_NK.dtype, bucket), TORCH)
+
     def of(self, weight_NK: torch.Tensor, num_rows: int) -> Choice:
         """The choice for this weight's shape; measures on first use (cold L2; milliseconds, and compilations)."""
         if num_rows > MAX_ROWS or weight_NK.device.type != "cuda":
@@ -193,6 +231,10 @@ class LinearChoices:
             times = {c: self.time(x_MK, weight_NK, c) for c in candidates(bucket)}
             self.chosen[key] = min(times, key=times.__getitem__)
         return self.chosen[key]
+
+    def release(self) -> None:
+        """Give back the memory that measuring took."""
+        self._flush = None
 
     def time(self, x_MK: torch.Tensor, weight_NK: torch.Tensor, choice: Choice, repeats: int = 11) -> float:
         """Median milliseconds of one call with cold caches."""

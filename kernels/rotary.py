@@ -25,6 +25,7 @@ def _turn_and_store(
     eps,
     qkv_stride,
     table_stride,
+    table_len,
     num_q,
     num_kv,
     WIDTH: tl.constexpr,
@@ -47,7 +48,9 @@ def _turn_and_store(
             gain_low, gain_high = tl.load(gain, mask=inside, other=0.0), tl.load(gain + WIDTH // 2, inside, other=0.0)
             low = ((low * scale).to(kind) * gain_low).to(tl.float32)
             high = ((high * scale).to(kind) * gain_high).to(tl.float32)
-        row = tl.load(table_rows + token).to(tl.int64) if BY_POSITION else token
+        row = token
+        if BY_POSITION:  # a padding row may hold anything: nothing outside the table is read
+            row = tl.minimum(tl.maximum(tl.load(table_rows + token).to(tl.int64), 0), table_len - 1)
         angle = row * table_stride + column
         cosine = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
         sine = tl.load(signed_sin + angle + WIDTH // 2, mask=inside, other=0.0).to(tl.float32)
@@ -82,7 +85,8 @@ def turn_and_store(
 
     Args:
         qkv_T: ``[T, (H + 2 G) D]``.
-        cos, signed_sin: ``rope_tables``' ``[T, 1, D]``; or tables ``[L, D]`` of all positions, with ``positions_T``.
+        cos, signed_sin: ``rope_tables``' ``[T, 1, D]``; or tables ``[L, D]`` of all positions, with ``positions_T``,
+            which are clamped to them.
         norm_weight: ``[H + G, D]``, RMSNorm's weight of every query and key head.
     """
     num_kv, width = k_cache.shape[2], k_cache.shape[3]
@@ -103,6 +107,7 @@ def turn_and_store(
         eps,
         qkv_T.stride(0),
         cos.stride(0),
+        cos.shape[0],
         num_q,
         num_kv,
         WIDTH=width,
@@ -135,6 +140,7 @@ def turn_and_store_reference(
         qk = qk * torch.rsqrt(qk.square().mean(-1, keepdim=True) + eps)
         qk = (qk.to(qkv_T.dtype) * norm_weight).float()
     if positions_T is not None:
+        positions_T = positions_T.clamp(0, len(cos) - 1)
         cos, signed_sin = cos[positions_T][:, None], signed_sin[positions_T][:, None]
     swapped = torch.cat((qk[..., width // 2 :], qk[..., : width // 2]), dim=-1)
     turned = (qk * cos.float() + swapped * signed_sin.float()).to(qkv_T.dtype)

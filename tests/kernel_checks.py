@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,6 +28,18 @@ def mend_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch
+
+
+def sum_products_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the interpreter's dot give a row the same bits wherever it stands; numpy's library doesn't (GPUs do)."""
+    from triton.runtime import interpreter
+
+    def dot(self: object, a: Any, b: Any, d: Any, input_precision: object, max_imprecise: object) -> Any:
+        left, right = a.data.astype(d.data.dtype), b.data.astype(d.data.dtype)
+        products = left[:, None, :] * np.ascontiguousarray(right.T)[None, :, :]
+        return interpreter.TensorHandle(products.sum(-1) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
 if INTERPRETING:

@@ -12,12 +12,16 @@ from pearl_ray.core.batch import ForwardBatch
 
 
 class Entry(NamedTuple):
-    """One sequence's part of a pass: its tokens from position ``start``, its blocks, how many last rows give logits."""
+    """One sequence's part of a pass: its tokens from position ``start``, its blocks, how many last rows give logits.
+
+    ``seq_id`` tells whose block table it is to those who keep tables on the device; -1: nobody's.
+    """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     num_outputs: int
+    seq_id: int = -1
 
 
 def make_batch(entries: Sequence[Entry], block_size: int, device: torch.device) -> ForwardBatch:

@@ -8,6 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """An opened file; tensor data is mapped into memory and read when asked for.
+    """An opened file; tensor data is mapped into memory, read when asked for, and its pages are given back then.
 
     Attributes:
         metadata: key to value; arrays of numbers are NumPy arrays, arrays of strings lists.
@@ -64,7 +65,9 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._data = np.memmap(path, dtype=np.uint8, mode="r")
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._data = np.frombuffer(self._map, np.uint8)
         except (OSError, ValueError) as error:  # ValueError: an empty file can't be mapped
             raise ModelLoadError(f"{path}: cannot be read ({error})") from error
         try:
@@ -88,9 +91,20 @@ class GGUFFile:
             cols: a slice of the second dimension. Only the quantisation blocks that hold it are read.
         """
         info = self.tensors[name]
+        try:
+            return self._read(info, rows, cols)
+        finally:
+            self._give_back(info)
+
+    def _give_back(self, info: TensorInfo) -> None:
+        """Pages of a map that were read count as this process's own memory until they are given back."""
+        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, start, info.offset + info.num_bytes - start)
+
+    def _read(self, info: TensorInfo, rows: slice | np.ndarray | None, cols: slice | None) -> torch.Tensor:
         raw = self._data[info.offset : info.offset + info.num_bytes]
         if len(info.shape) == 1:
-            assert cols is None, f"{name} has one dimension"
+            assert cols is None, f"{info.name} has one dimension"
             values = _values(raw, info.kind)
             return values if rows is None else values[rows].clone()
         raw = raw.reshape(*info.shape[:-1], -1)

@@ -20,6 +20,7 @@ from pearl_ray.model.config import ModelConfig, RopeConfig
 from pearl_ray.model.gguf_file import GGUFFile
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_PIECE = 1 << 20  # numbers dequantised at a time; gguf's code holds several times their float32 size meanwhile
 FROM_TARGET_KEY = "pearl.from_target"  # names of the GGUF tensors that are the target's own, and so not in the file
 
 _TOP_NAMES = {
@@ -80,6 +81,14 @@ class GGUFSource:
             return self.file.read(stored, rows, cols)
         order = _stored_rows(self.shape(name)[0], self.config.head_dim)
         return self.file.read(stored, order if rows is None else order[rows], cols)
+
+    def load_into(self, name: str, out: torch.Tensor, rows: slice | None = None, cols: slice | None = None) -> None:
+        shape = self.shape(name)
+        wanted = range(shape[0])[rows or slice(None)]
+        step = max(1, _PIECE // math.prod(shape[1:]))
+        for first in range(0, len(wanted), step):
+            piece = wanted[first : first + step]
+            out[first : first + len(piece)] = self.load(name, slice(piece.start, piece.stop), cols)
 
     def _find(self, name: str) -> str:
         if name not in self._stored:

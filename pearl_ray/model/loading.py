@@ -127,8 +127,13 @@ def load_model(
     attention_backend: str,
     block_size: int,
     on_layer_loaded: Callable[[int, int], None],
+    max_model_len: int | None = None,
+    deterministic: bool = False,
 ) -> LoadedModel:
-    """Load one rank's part of the draft or the target."""
+    """Load one rank's part of the draft or the target.
+
+    ``max_model_len``: the longest sequence there will be, where known. ``deterministic``: see ``Transformer``.
+    """
     source = source_of(role, target_model, draft_model, cache_dir)
     plan = ShardPlan.make(source.config, group.size)
     torch_dtype = DTYPES[dtype]
@@ -141,9 +146,16 @@ def load_model(
         device=device,
         group=group,
         attention=choose_attention(
-            attention_backend, device, head_dim=source.config.head_dim, dtype=torch_dtype, block_size=block_size
+            attention_backend,
+            device,
+            head_dim=source.config.head_dim,
+            dtype=torch_dtype,
+            block_size=block_size,
+            deterministic=deterministic,
         ),
         on_layer_loaded=on_layer_loaded,
+        max_positions=max_model_len,
+        deterministic=deterministic,
     )
     shard = plan.shards[rank]
     return LoadedModel(transformer, len(shard.kv_heads), torch_dtype, device)

@@ -1,6 +1,6 @@
-"""Rotary position embedding: the frequencies of each rope type, and the rotation. No model state, no cache.
+"""Rotary position embedding: the frequencies of each rope type, and their sines. No model state; turns nothing.
 
-Shapes: T tokens, H heads, D head width. Halves are split as Hugging Face does: element i turns with element i + D/2.
+Shapes: T tokens, D head width. Halves are split as Hugging Face does: element i turns with element i + D/2.
 """
 
 from __future__ import annotations
@@ -38,15 +38,8 @@ def rope_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(cos, signed_sin)``, each ``[T, 1, D]`` in ``dtype``; angles are taken in the dtype of ``frequencies``.
 
-    The sine's first half is negated, which saves :func:`rotate` a negation.
+    The sine's first half is negated, which saves the rotation (``kernels.ops``) a negation.
     """
     angles = positions_T.to(frequencies.dtype)[:, None] * frequencies
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
-
-
-def rotate(x_THD: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    """Turns every head of ``x_THD`` by its token's angles: ``x * cos + rotate_half(x) * sin``."""
-    half = x_THD.shape[-1] // 2
-    swapped = torch.cat((x_THD[..., half:], x_THD[..., :half]), dim=-1)
-    return (x_THD * cos).addcmul_(swapped, signed_sin)

@@ -1,25 +1,25 @@
 """Weights out of a Hugging Face directory: ``config.json`` and one safetensors file, or an index of several.
 
-Reads slices through safetensors' memory map. Knows neither GGUF nor the Hub nor tokenizers.
+Reads slices with plain file reads, a bounded piece at a time (``weight_file.py``), so that neither a memory map's pages
+nor whole tensors count against the host. Knows neither GGUF nor the Hub nor tokenizers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from pearl_ray.core.errors import ModelLoadError, UnsupportedModelError
 from pearl_ray.model.config import ModelConfig, from_hf_config
+from pearl_ray.model.weight_file import ReadBuffer, StoredTensor, WeightFile
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class SafetensorsSource:
@@ -33,46 +33,48 @@ class SafetensorsSource:
     def __init__(self, directory: Path) -> None:
         self.path = directory
         self.config = _config(directory)
-        self._files = {path: _opened(path) for path in _weight_files(directory)}
-        self._homes = {
-            name: path
-            for path, file in self._files.items()
-            for name in file.keys()  # type: ignore[no-untyped-call]  # noqa: SIM118 - it is no mapping
-        }
+        self._files = [WeightFile(path) for path in _weight_files(directory)]
+        self._homes = {name: file for file in self._files for name in file.tensors}
+        self._staging = ReadBuffer()
         for name, shard in _index(directory).items():
             if name not in self._homes:
                 raise ModelLoadError(f"{directory / shard}: lacks tensor {name}, which {_INDEX} places there")
+
+    @property
+    def bytes_read(self) -> int:
+        """Of tensor data, from all files together, since they were opened."""
+        return sum(file.bytes_read for file in self._files)
 
     def names(self) -> Collection[str]:
         return self._homes.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._entry(name).shape
 
     def stored_bytes(self, name: str) -> int:
-        kind = self._slice(name).get_dtype()
-        if kind not in _DTYPES:
-            supported = ", ".join(_DTYPES)
-            raise UnsupportedModelError(f"{self._homes[name]}: {name} has type {kind}; supported: {supported}")
-        return math.prod(self.shape(name)) * _DTYPES[kind]
+        self._dtype(name)
+        return self._entry(name).num_bytes
 
     def load(self, name: str, rows: slice | None = None, cols: slice | None = None) -> torch.Tensor:
-        part = self._slice(name)
-        try:
-            values: torch.Tensor = part[:] if cols is None and rows is None else part[_index_of(rows, cols)]
-        except SafetensorError as error:
-            raise ModelLoadError(f"{self._homes[name]}: cannot read tensor {name} ({error})") from error
-        return values.contiguous()
+        return self._home(name).read(name, self._dtype(name), rows, cols)
 
-    def _slice(self, name: str):  # type: ignore[no-untyped-def]  # safetensors has no public type for it
+    def load_into(self, name: str, out: torch.Tensor, rows: slice | None = None, cols: slice | None = None) -> None:
+        self._home(name).read_into(name, self._dtype(name), out, self._staging, rows, cols)
+
+    def _entry(self, name: str) -> StoredTensor:
+        return self._home(name).tensors[name]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        kind = self._entry(name).kind
+        if kind not in _DTYPES:
+            supported = ", ".join(_DTYPES)
+            raise UnsupportedModelError(f"{self._homes[name].path}: {name} has type {kind}; supported: {supported}")
+        return _DTYPES[kind]
+
+    def _home(self, name: str) -> WeightFile:
         if name not in self._homes:
             raise ModelLoadError(f"{self.path}: there is no tensor {name} in its safetensors files")
-        return self._files[self._homes[name]].get_slice(name)  # type: ignore[no-untyped-call]
-
-
-def _index_of(rows: slice | None, cols: slice | None) -> slice | tuple[slice, slice]:
-    rows = slice(None) if rows is None else rows
-    return rows if cols is None else (rows, cols)
+        return self._homes[name]
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -97,13 +99,6 @@ def _index(directory: Path) -> Mapping[str, str]:
     if not isinstance(weight_map, dict):
         raise ModelLoadError(f"{directory / _INDEX}: corrupt: there is no weight_map in it")
     return weight_map
-
-
-def _opened(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{path}: truncated or corrupt safetensors file ({error}); fetch it again") from error
 
 
 def _config(directory: Path) -> ModelConfig:

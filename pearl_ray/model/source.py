@@ -2,15 +2,20 @@
 
 Every source speaks Hugging Face's tensor names and row order, and reads only the slice it is asked for, so a
 tensor-parallel rank never holds more than its own part.
+
+A source of one's own needs no change here: a model called ``package.module:callable:PATH`` is opened by that callable,
+as ``callable(Path(PATH), fallback=...) -> WeightSource``, where PATH is a model directory whose ``config.json`` and
+tokenizer are read as usual.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 
@@ -19,6 +24,7 @@ from pearl_ray.model.config import ModelConfig
 from pearl_ray.model.gguf_source import GGUFSource
 from pearl_ray.model.safetensors_source import SafetensorsSource
 
+_OWN_SOURCE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_]\w*):(.+)")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _HUB_IGNORED = ["*/*", "consolidated*"]  # the same weights once more, in other layouts
@@ -48,10 +54,36 @@ class WeightSource(Protocol):
         """
 
 
+@runtime_checkable
+class LoadsInto(Protocol):
+    """A source that fills the destination itself, in bounded pieces, without holding the whole part on the host."""
+
+    def load_into(self, name: str, out: torch.Tensor, rows: slice | None = None, cols: slice | None = None) -> None:
+        """:meth:`WeightSource.load`, cast to the dtype of ``out`` and written there, whatever its device."""
+
+
+def load_into(
+    source: WeightSource, name: str, out: torch.Tensor, rows: slice | None = None, cols: slice | None = None
+) -> None:
+    """Fill ``out`` with a part of a tensor: by the source itself where it can, else through a tensor on the host."""
+    if isinstance(source, LoadsInto):
+        source.load_into(name, out, rows, cols)
+    else:
+        out.copy_(source.load(name, rows, cols))
+
+
+def part_shape(shape: tuple[int, ...], rows: slice | None = None, cols: slice | None = None) -> tuple[int, ...]:
+    """The shape of those rows and columns of a tensor of that shape."""
+    parts = (rows or slice(None), cols or slice(None))[: len(shape)]
+    sizes = tuple(len(range(size)[part]) for size, part in zip(shape, parts, strict=False))
+    return sizes + shape[len(sizes) :]
+
+
 def open_source(
     path_or_name: str | Path, *, fallback: WeightSource | None = None, offline: bool = False
 ) -> WeightSource:
-    """Open a model: a directory with safetensors and config.json, a ``.gguf`` file, or a Hub name when online.
+    """Open a model: a directory with safetensors and config.json, a ``.gguf`` file, a Hub name when online, or a
+    source of one's own, ``package.module:callable:PATH``.
 
     Args:
         fallback: the target's source, for a draft whose file leaves tensors (the embedding) to its target.
@@ -63,7 +95,10 @@ def open_source(
     """
     path = local_path(path_or_name, offline=offline)
     source: WeightSource
-    if path.is_dir():
+    opener = _own_opener(path_or_name)
+    if opener is not None:
+        source = opener(path, fallback=fallback)
+    elif path.is_dir():
         source = SafetensorsSource(path)
     else:
         gguf = GGUFSource(path)
@@ -81,6 +116,9 @@ def local_path(path_or_name: str | Path, *, offline: bool = False) -> Path:
     Raises:
         ModelLoadError: neither a path that exists nor a model that can be fetched; one line that says which.
     """
+    own = _own_source(path_or_name)
+    if own is not None:
+        path_or_name = own[3]
     path = Path(path_or_name).expanduser()
     if path.is_dir() or path.is_file():
         if path.is_file() and path.suffix != ".gguf":
@@ -90,6 +128,23 @@ def local_path(path_or_name: str | Path, *, offline: bool = False) -> Path:
     if path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise ModelLoadError(f"{name}: no such file or directory, and no Hub name (owner/model) either")
     return _from_hub(name, offline)
+
+
+def _own_source(path_or_name: str | Path) -> re.Match[str] | None:
+    """``module:callable:PATH`` in its parts; a path that exists is a path, colons or not."""
+    return None if Path(path_or_name).exists() else _OWN_SOURCE.fullmatch(str(path_or_name))
+
+
+def _own_opener(path_or_name: str | Path) -> Callable[..., WeightSource] | None:
+    own = _own_source(path_or_name)
+    if own is None:
+        return None
+    try:
+        return cast("Callable[..., WeightSource]", getattr(importlib.import_module(own[1]), own[2]))
+    except (ImportError, AttributeError) as error:
+        raise ModelLoadError(
+            f"{path_or_name}: {own[1]}:{own[2]} can't be imported ({error}); put its folder on PYTHONPATH"
+        ) from error
 
 
 def _from_hub(name: str, offline: bool) -> Path:
@@ -166,6 +221,9 @@ class _SharingSource:
 
     def load(self, name: str, rows: slice | None = None, cols: slice | None = None) -> torch.Tensor:
         return self._home(name).load(name, rows, cols)
+
+    def load_into(self, name: str, out: torch.Tensor, rows: slice | None = None, cols: slice | None = None) -> None:
+        load_into(self._home(name), name, out, rows, cols)
 
     def _home(self, name: str) -> WeightSource:
         return self._target if name in self._own.from_target else self._own

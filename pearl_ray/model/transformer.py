@@ -13,26 +13,19 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from pearl_ray.core.batch import ForwardBatch
+from pearl_ray.core.batch import ForwardBatch, StaticBatch
 from pearl_ray.core.comm import Group
 from pearl_ray.kernels.backend import AttentionBackend
+from pearl_ray.kernels.ops import LayerOps, choose_layer_ops
 from pearl_ray.model.config import ModelConfig
 from pearl_ray.model.kv_cache import KVCache
-from pearl_ray.model.layers import MLP, Attention, ForwardContext, Linear, Loader, RMSNorm
+from pearl_ray.model.layers import ForwardContext, Layer, Linear, Loader
 from pearl_ray.model.rope import inverse_frequencies, rope_tables
 from pearl_ray.model.sharding import ShardPlan
 from pearl_ray.model.source import WeightSource
 
-
-class Layer:
-    """Norm, attention, norm, MLP, with the residual stream around them."""
-
-    def __init__(self, config: ModelConfig, attention: Attention, mlp: MLP, loader: Loader, prefix: str) -> None:
-        eps = config.rms_norm_eps
-        self.input_norm = RMSNorm(loader.load(f"{prefix}.input_layernorm.weight"), eps)
-        self.attention = attention
-        self.post_norm = RMSNorm(loader.load(f"{prefix}.post_attention_layernorm.weight"), eps)
-        self.mlp = mlp
+MAX_POSITIONS = 128 * 1024  # in the rotary tables where nobody says how many: 64 MiB for heads 128 wide
+_SPARE_POSITIONS = 1024  # for rows beyond the longest sequence, whose results nobody wants
 
 
 class Transformer:
@@ -55,8 +48,16 @@ class Transformer:
         group: Group,
         attention: AttentionBackend[object],
         on_layer_loaded: Callable[[int, int], None] | None = None,
+        ops: LayerOps | None = None,
+        max_positions: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         """Loads this rank's slices of the weights, cast to ``dtype``; ``on_layer_loaded(done, total)`` after each.
+
+        Args:
+            ops: what computes the layers; None: the fastest for the device and type.
+            max_positions: the longest sequence, for the rotary tables of GPUs; None: the model's, 131,072 at most.
+            deterministic: a row's bits don't depend on what else is in the batch; ``attention`` must be so too.
 
         Raises:
             ModelLoadError: (the source's) a tensor is missing or its file breaks off.
@@ -65,49 +66,96 @@ class Transformer:
         self.config, self.plan, self.dtype, self.device = config, plan, dtype, torch.device(device)
         self.vocab_sizes = plan.vocab_sizes
         self._shard, self._group, self._backend = plan.shards[rank], group, attention
+        self._ops = choose_layer_ops(self.device, dtype, deterministic=deterministic) if ops is None else ops
+        assert self._ops.deterministic == deterministic
         self.vocab_start = self._shard.vocab.start
         loader = Loader(source, dtype, self.device)
         angle_dtype = torch.promote_types(dtype, torch.float32)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim, angle_dtype).to(self.device)
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        if self._ops.reads_tables:
+            count = (max_positions or min(config.max_position_embeddings, MAX_POSITIONS)) + _SPARE_POSITIONS
+            cos, signed_sin = rope_tables(torch.arange(count, device=self.device), self._frequencies, dtype)
+            self._tables = cos[:, 0], signed_sin[:, 0]
         vocab_rows = slice(self._shard.vocab.start, self._shard.vocab.stop)
         self._embedding = loader.load("model.embed_tokens.weight", vocab_rows)
         self._layers: list[Layer] = []
         for index in range(config.num_layers):
             prefix = f"model.layers.{index}"
-            attention_block = Attention(config, self._shard, loader, f"{prefix}.self_attn", attention)
-            mlp = MLP(config, self._shard, loader, f"{prefix}.mlp")
-            self._layers.append(Layer(config, attention_block, mlp, loader, prefix))
+            self._layers.append(Layer(config, self._shard, loader, prefix, attention, self._ops))
             if on_layer_loaded is not None:
                 on_layer_loaded(index + 1, config.num_layers)
-        self._final_norm = RMSNorm(loader.load("model.norm.weight"), config.rms_norm_eps)
+        self._final_norm = loader.load("model.norm.weight")
         tied = config.tie_word_embeddings
-        self._lm_head = Linear(self._embedding if tied else loader.load("lm_head.weight", vocab_rows))
+        head = self._embedding if tied else loader.load("lm_head.weight", vocab_rows)
+        self._lm_head = Linear(self._ops, head)
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+    def settle(self, num_rows: int) -> None:
+        """Measures how each linear map is fastest for up to so many rows. Once, before a forward is captured.
+
+        Not collective. Seconds on a GPU, nothing on a CPU.
+        """
+        linears = [*(linear for layer in self._layers for linear in layer.linears), self._lm_head]
+        self._ops.settle([linear.weight for linear in linears], num_rows)
+
+    def forward(self, batch: ForwardBatch | StaticBatch, cache: KVCache) -> torch.Tensor:
         """Writes the batch's keys and values to ``cache`` and returns the wanted rows after the final norm, ``[R, D]``.
 
         Collective: 2 sums over the ranks per layer and one for the embedding. Rows whose slot is -1 are unspecified.
+        A :class:`StaticBatch` on a GPU is never waited for, and can be captured once the same shape ran before.
         """
-        x_TD = self._embed(batch.token_ids_T)
-        cos, signed_sin = rope_tables(batch.positions_T, self._frequencies, self.dtype)
-        metadata = self._backend.prepare(
-            batch, block_size=cache.block_size, q_to_kv=self._shard.q_to_kv, dtype=self.dtype
-        )
-        context = ForwardContext(cos, signed_sin, metadata)
-        reduce = self._group.all_reduce_
-        for layer, k_cache, v_cache in zip(self._layers, cache.k, cache.v, strict=True):
-            x_TD += reduce(layer.attention(layer.input_norm(x_TD), k_cache, v_cache, context))
-            x_TD += reduce(layer.mlp(layer.post_norm(x_TD)))
-        return self._final_norm(x_TD.index_select(0, batch.output_rows_R))
+        ops, eps = self._ops, self.config.rms_norm_eps
+        context = self._context(batch, cache)
+        residual_TD = self._embed(batch.token_ids_T, is_static=isinstance(batch, StaticBatch))
+        x_TD = ops.rms_norm(residual_TD, self._layers[0].input_norm, eps)
+        for index, layer in enumerate(self._layers):
+            if index > 0:
+                x_TD = ops.rms_norm(x_TD, layer.input_norm, eps, residual_TD)
+            x_TD = self._sum(layer.attention(x_TD, cache.k[index], cache.v[index], context))
+            x_TD = ops.rms_norm(x_TD, layer.post_norm, eps, residual_TD)
+            x_TD = self._sum(layer.mlp(x_TD))
+        if batch.output_rows_R is not None:
+            x_TD, residual_TD = (rows.index_select(0, batch.output_rows_R) for rows in (x_TD, residual_TD))
+        return ops.rms_norm(x_TD, self._final_norm, eps, residual_TD)
 
     def local_logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """Logits of this rank's part of the vocabulary, ``[R, V]`` in the model's dtype; not collective."""
         return self._lm_head(hidden_RD)
 
-    def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+    def _context(self, batch: ForwardBatch | StaticBatch, cache: KVCache) -> ForwardContext:
+        slots_T, block_size, q_to_kv = batch.slots_T, cache.block_size, self._shard.q_to_kv
+        if isinstance(batch, StaticBatch):
+            row_T = torch.arange(len(slots_T), device=slots_T.device)
+            slots_T = slots_T.masked_fill(row_T >= batch.query_start_S1[-1], -1)
+            metadata = self._backend.prepare_static(batch, block_size=block_size, q_to_kv=q_to_kv, dtype=self.dtype)
+            longest = batch.max_context_len
+        else:
+            metadata = self._backend.prepare(batch, block_size=block_size, q_to_kv=q_to_kv, dtype=self.dtype)
+            longest = max(batch.context_lens)
+        slots_T, rows = self._ops.written(slots_T)
+        if self._tables is None:
+            tables = rope_tables(batch.positions_T, self._frequencies, self.dtype)
+            return ForwardContext(*tables, None, slots_T, rows, metadata)
+        assert longest <= len(self._tables[0]), f"{longest} positions, tables of {len(self._tables[0])}"
+        return ForwardContext(*self._tables, batch.positions_T, slots_T, rows, metadata)
+
+    def _embed(self, token_ids_T: torch.Tensor, *, is_static: bool) -> torch.Tensor:
         if self._group.size == 1:
-            return F.embedding(token_ids_T, self._embedding)
+            # Padding rows may hold any id. CUDA would end the process for one that isn't in the vocabulary.
+            ids_T = token_ids_T.clamp(0, self.config.vocab_size - 1) if is_static else token_ids_T
+            return F.embedding(ids_T, self._embedding)
         local_T = token_ids_T - self.vocab_start
         elsewhere_T = (local_T < 0) | (local_T >= len(self._shard.vocab))
         x_TD = F.embedding(local_T.masked_fill(elsewhere_T, 0), self._embedding)
         return self._group.all_reduce_(x_TD.masked_fill_(elsewhere_T[:, None], 0))
+
+    def _sum(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """The ranks' sum, in place where it can be. NCCL's order of adding depends on the size of the whole tensor."""
+        size = self._group.size
+        if not self._ops.deterministic or size <= 2 or x_TD.device.type != "cuda":
+            return self._group.all_reduce_(x_TD)
+        parts = self._group.all_gather(x_TD, [x_TD.shape[1]] * size).chunk(size, dim=1)
+        total = parts[0].to(torch.promote_types(x_TD.dtype, torch.float32))
+        for part in parts[1:]:
+            total = total + part
+        return total.to(x_TD.dtype)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from pearl_ray.core.batch import ForwardBatch
+from pearl_ray.core.batch import ForwardBatch, StaticBatch
 from pearl_ray.core.errors import ConfigError
+from pearl_ray.kernels import attention_plan, attention_triton
 from pearl_ray.kernels.attention_triton import Plan, TritonAttention, TritonMetadata
-from tests.kernel_checks import CAN_RUN, DEVICE, INTERPRETING, REASON, PagedCase, fresh, poisoned, relative_error
+from tests.kernel_checks import (
+    CAN_RUN,
+    DEVICE,
+    INTERPRETING,
+    REASON,
+    PagedCase,
+    fresh,
+    poisoned,
+    relative_error,
+    sum_products_by_row,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason=REASON)]
 
@@ -127,6 +139,106 @@ def test_empty_sequences_of_a_padded_batch_are_skipped_and_leave_the_output_alon
     out = backend.paged_attention_into(poisoned(q.shape, q.dtype), q, case.cache[0], case.cache[1], padded)
     assert relative_error(out[:3], case.expected()) < LIMIT[DTYPES[-1]]
     assert out[3:].isnan().all()
+
+
+def rows_of(
+    cases: list[tuple[torch.Tensor, torch.Tensor, int]], q_to_kv: tuple[int, ...], *, is_static: bool
+) -> list[torch.Tensor]:
+    """Deterministic attention of sequences ``(q of the last tokens, kv, context)``, one batch; blocks of 16."""
+    backend, dtype, block_size = TritonAttention(deterministic=True), cases[0][0].dtype, 16
+    num_kv, width = cases[0][1].shape[2:]
+    counts = [-(-context // block_size) for _, _, context in cases]
+    order = torch.randperm(sum(counts) + 2)
+    cache = poisoned((2, len(order), block_size, num_kv, width), dtype)
+    tables = torch.zeros(len(cases), max(counts), dtype=torch.int32, device=DEVICE)
+    starts, lens = [0], []
+    for index, (q, kv, context) in enumerate(cases):
+        blocks, order = order[: counts[index]].to(DEVICE), order[counts[index] :]
+        tables[index, : counts[index]] = blocks
+        at = torch.arange(context, device=DEVICE)
+        cache.flatten(1, 2)[:, blocks[at // block_size] * block_size + at % block_size] = kv[:, :context]
+        starts.append(starts[-1] + len(q))
+        lens.append(context)
+    rows = torch.zeros(starts[-1], dtype=torch.int64, device=DEVICE)
+    facts = {"block_size": block_size, "q_to_kv": q_to_kv, "dtype": dtype}
+    if is_static:
+        on_device = [torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in (starts, lens)]
+        bound = (2 if INTERPRETING else 40) * max(lens)
+        batch = StaticBatch(rows, rows, rows - 1, *on_device, tables, None, 16, bound)
+        metadata = backend.prepare_static(batch, **facts)
+    else:
+        metadata = backend.prepare(
+            ForwardBatch(rows, rows, rows - 1, tuple(starts), tuple(lens), tables.long(), rows), **facts
+        )
+    q = torch.cat([case[0] for case in cases])
+    out = backend.paged_attention_into(poisoned(q.shape, dtype), q, cache[0], cache[1], metadata)
+    return [out[a:b] for a, b in pairwise(starts)]
+
+
+@pytest.mark.parametrize("q_to_kv", [(0, 0, 0)] if INTERPRETING else [EVEN, UNEVEN, SINGLE, PLAIN], ids=str)
+@pytest.mark.parametrize("width", [64] if INTERPRETING else [64, 80, 128, 256])
+@pytest.mark.parametrize("context", [133] if INTERPRETING else [131, 517, 5000])
+def test_a_fixed_plan_gives_a_row_the_same_bits_in_every_batch(
+    context: int, width: int, q_to_kv: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if INTERPRETING:
+        sum_products_by_row(monkeypatch)
+        monkeypatch.setattr(attention_plan, "FIXED_SPLIT_KEYS", 128)  # the window lies across its end
+    dtype, num_kv, count = DTYPES[-1], q_to_kv[-1] + 1, 8
+    kv, q = fresh(2, context, num_kv, width, dtype=dtype), fresh(count, len(q_to_kv), width, dtype=dtype)
+    k, v = kv.float()[:, :, list(q_to_kv)]
+    scores = torch.einsum("thd,lhd->htl", q.float(), k) / width**0.5
+    visible = torch.arange(context, device=DEVICE) <= torch.arange(context - count, context, device=DEVICE)[:, None]
+    expected = torch.einsum("htl,lhd->thd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+    window = rows_of([(q, kv, context)], q_to_kv, is_static=False)[0]
+    assert relative_error(window, expected) < LIMIT[dtype]
+    others = [
+        (fresh(n, len(q_to_kv), width, dtype=dtype), fresh(2, length, num_kv, width, dtype=dtype), length)
+        for n, length in ((1, 3), (8, 40), (1, 77), (3, 3), (2, 40 if INTERPRETING else 600), (1, 1), (5, 20))
+    ]
+    for batch, is_static in (((), True), (others[:2], False), (others[:2], True), (others, True), (others, False)):
+        together = rows_of([*batch[:1], (q, kv, context), *batch[1:]], q_to_kv, is_static=is_static)
+        assert torch.equal(together[min(len(batch), 1)], window), (len(batch), is_static)
+    for row in (1, 4, 7) if INTERPRETING else range(count):
+        alone = (q[row : row + 1], kv, context - count + 1 + row)
+        assert torch.equal(rows_of([alone], q_to_kv, is_static=False)[0][0], window[row]), row
+    among = rows_of([others[1], (q[5:6], kv, context - 2), others[0]], q_to_kv, is_static=True)
+    assert torch.equal(among[1][0], window[5])
+
+
+def test_a_long_chunk_under_a_fixed_plan_is_causal_and_has_the_bits_of_its_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if INTERPRETING:
+        sum_products_by_row(monkeypatch)
+    chunk, context = (40, 75) if INTERPRETING else (700, 1900)
+    dtype = DTYPES[-1]
+    kv, q = fresh(2, context, 2, 64, dtype=dtype), fresh(chunk, 6, 64, dtype=dtype)
+    whole = rows_of([(q, kv, context)], EVEN, is_static=False)[0]
+    at = 0
+    for size in (1, 13, 2, chunk - 16):
+        part = rows_of([(q[at : at + size], kv, context - chunk + at + size)], EVEN, is_static=False)[0]
+        assert torch.equal(part, whole[at : at + size])
+        at += size
+
+
+def test_a_fixed_plan_with_little_scratch_memory_goes_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = [(1, 5), (9, 9), (4, 23), (1, 600), (3, 30)]
+    case = PagedCase(sequences, EVEN, width=64, block_size=16, dtype=DTYPES[-1])
+    backend = TritonAttention(deterministic=True)
+    monkeypatch.setattr(attention_triton, "num_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(attention_triton, "MAX_TILE", 2048)
+    metadata = prepared(case, backend)
+    backend.store_kv(case.new[0], case.new[1], case.cache[0], case.cache[1], metadata)
+    launches = []
+    monkeypatch.setattr(
+        backend,
+        "_launch",
+        lambda *given: (launches.append(len(given[4].context_lens_S)), TritonAttention._launch(backend, *given)),
+    )
+    out = backend.paged_attention_into(poisoned(case.q.shape, case.q.dtype), case.q, *case.cache, metadata)
+    assert len(launches) > 1 and sum(launches) == len(sequences)
+    assert relative_error(out, case.expected()) < LIMIT[DTYPES[-1]]
 
 
 def test_what_it_cannot_do_is_refused_by_name() -> None:

@@ -10,10 +10,19 @@ pytest.importorskip("triton")
 from pearl_ray.kernels import linear as linear_kernels
 from pearl_ray.kernels.activation import silu_mul, silu_mul_reference
 from pearl_ray.kernels.kv_store import store_kv, store_kv_reference
-from pearl_ray.kernels.linear import DOTS, PRODUCTS, Choice, LinearChoices, linear
+from pearl_ray.kernels.linear import DOTS, PRODUCTS, Choice, LinearChoices, fixed_linear, linear
 from pearl_ray.kernels.norm import rms_norm, rms_norm_reference
 from pearl_ray.kernels.rotary import turn_and_store, turn_and_store_reference
-from tests.kernel_checks import CAN_RUN, DEVICE, INTERPRETING, REASON, fresh, poisoned, relative_error
+from tests.kernel_checks import (
+    CAN_RUN,
+    DEVICE,
+    INTERPRETING,
+    REASON,
+    fresh,
+    poisoned,
+    relative_error,
+    sum_products_by_row,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason=REASON)]
 
@@ -77,6 +86,8 @@ def test_queries_and_keys_are_turned_and_stored(width: int, by_position: bool, h
     positions = torch.randint(0, 50, (num_tokens,), device=DEVICE)
     angles = torch.arange(50, device=DEVICE)[:, None] * (0.3 ** torch.arange(width // 2, device=DEVICE))
     cos, sin = torch.cat((angles.cos(),) * 2, -1).to(DTYPE), torch.cat((-angles.sin(), angles.sin()), -1).to(DTYPE)
+    if by_position:
+        positions[3], positions[4] = 10**6, -7  # as padding rows have it: clamped
     keywords = {"num_q": num_q, "norm_weight": fresh(num_q + num_kv, width, dtype=DTYPE) if has_norm else None}
     keywords |= {"eps": 1e-6, "positions_T": positions if by_position else None}
     if not by_position:
@@ -104,6 +115,34 @@ def test_a_small_linear_map_is_right_for_odd_sizes(rows: int, choice: Choice) ->
         assert relative_error(linear(x, weight, bias, choice), expected) < LIMIT
 
 
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_a_fixed_linear_map_gives_a_row_the_same_bits_among_any_others(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if INTERPRETING:
+        sum_products_by_row(monkeypatch)
+    for outputs, inputs, has_bias in ((129, 1024, False), (67, 600, True)):
+        x, weight = fresh(rows, inputs, dtype=DTYPE), fresh(outputs, inputs, dtype=DTYPE, scale=inputs**-0.5)
+        bias = fresh(outputs, dtype=DTYPE) if has_bias else None
+        out = fixed_linear(x, weight, bias)
+        expected = x.float() @ weight.float().T + (bias.float() if bias is not None else 0.0)
+        assert relative_error(out, expected) < LIMIT
+        for row in {0, rows // 2, rows - 1}:
+            assert torch.equal(fixed_linear(x[row : row + 1], weight, bias)[0], out[row])
+            among = torch.cat((fresh(3, inputs, dtype=DTYPE), x[row : row + 1], fresh(4, inputs, dtype=DTYPE)))
+            assert torch.equal(fixed_linear(among, weight, bias)[3], out[row])
+
+
+def test_nothing_is_measured_in_a_forward() -> None:
+    choices, weight = LinearChoices(), fresh(64, 64, dtype=DTYPE)
+    assert choices.settled(weight, 3) == linear_kernels.TORCH and not choices.chosen
+    choices.chosen[64, 64, DTYPE, 4] = PRODUCTS[0]
+    assert choices.settled(weight, 3) == choices.settled(weight, 4) == PRODUCTS[0]
+    assert (
+        choices.settled(weight, 0) == choices.settled(weight, 5) == choices.settled(weight, 17) == linear_kernels.TORCH
+    )
+
+
 def test_more_rows_than_the_kernels_take_go_to_the_library() -> None:
     assert linear_kernels.candidates(17) == (linear_kernels.TORCH,)
     assert LinearChoices().of(fresh(8, 8, dtype=DTYPE), 17) == linear_kernels.TORCH
@@ -115,3 +154,13 @@ def test_the_measured_choice_is_made_once_per_shape_and_row_bucket() -> None:
     first = choices.of(weight, 3)
     assert choices.of(weight.clone(), 4) is first and len(choices.chosen) == 1
     assert first in linear_kernels.candidates(4)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="times kernels")
+def test_settling_measures_every_number_of_rows_up_to_the_one_asked_for() -> None:
+    choices, weight = LinearChoices(), fresh(256, 512, dtype=DTYPE)
+    choices.settle(weight, 6)
+    assert sorted(key[-1] for key in choices.chosen) == [1, 2, 4, 8]
+    choices.settle(weight, 500)
+    assert sorted(key[-1] for key in choices.chosen) == [1, 2, 4, 8, 16]
+    assert choices.settled(weight, 5) is choices.chosen[256, 512, DTYPE, 8]

@@ -72,10 +72,17 @@ def compile_all() -> dict[str, int]:
 def call_attention(torch: Any) -> None:
     """Every head width; windows of one, a few and many tokens; one sequence and a batch."""
     from pearl_ray.kernels import attention_triton
-    from pearl_ray.kernels.attention_triton import TritonAttention, TritonMetadata
+    from pearl_ray.kernels.attention_triton import TritonAttention
 
     attention_triton.num_multiprocessors = lambda device: 132  # type: ignore[assignment]
-    backend = TritonAttention()
+    for backend in (TritonAttention(), TritonAttention(deterministic=True)):
+        call_backend(torch, backend)
+
+
+def call_backend(torch: Any, backend: Any) -> None:
+    """Both plans over all shapes."""
+    from pearl_ray.kernels.attention_triton import TritonMetadata
+
     for width, num_q, num_kv in ((64, 32, 8), (80, 6, 2), (128, 64, 8), (256, 16, 4)):
         for batch, count, context in ((1, 1, 600), (4, 8, 32768), (1, 16, 32768), (1, 512, 2048)):
             q = torch.empty((batch * count, num_q, width), dtype=torch.bfloat16)
@@ -122,6 +129,7 @@ def call_the_rest(torch: Any) -> None:
         for choice in linear.candidates(count):
             if choice != linear.TORCH:
                 linear.linear(torch.empty((count, 1024), dtype=bf16), torch.empty((64, 1024), dtype=bf16), None, choice)
+        linear.fixed_linear(torch.empty((count, 1024), dtype=bf16), torch.empty((64, 1024), dtype=bf16), None)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,21 @@ CHOSEN = (
     "test_kernels_rejection.py::test_a_proposal_is_the_references_and_sums_to_one",
     "test_kernels_rejection.py::test_mixed_verdicts_are_the_references[0.3]",
 )
+FORWARD = (
+    "test_kernels_layers.py::test_a_fixed_linear_map_gives_a_row_the_same_bits_among_any_others[37]",
+    "test_kernels_layers.py::test_nothing_is_measured_in_a_forward",
+    "test_kernels_attention.py::test_a_fixed_plan_gives_a_row_the_same_bits_in_every_batch",
+    "test_kernels_attention.py::test_a_fixed_plan_with_little_scratch_memory_goes_in_slices",
+    "test_kernels_forward.py::test_the_fused_forward_is_as_close_to_float32_as_torch_in_the_same_type[qwen3]",
+    "test_kernels_forward.py::test_a_pass_in_device_tensors_is_the_pass_of_lists[True]",
+)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, whose interpreter runs on a CPU")
-def test_the_kernels_agree_with_their_references_under_the_interpreter() -> None:
+@pytest.mark.parametrize("tests", [CHOSEN, FORWARD], ids=["kernels", "forward"])
+def test_the_kernels_agree_with_their_references_under_the_interpreter(tests: tuple[str, ...]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    paths = [str(ROOT / "tests" / "gpu" / test) for test in CHOSEN]
+    paths = [str(ROOT / "tests" / "gpu" / test) for test in tests]
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-m", "gpu", *paths]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from pearl_ray.core.comm import Group, SingleGroup
 from pearl_ray.kernels.backend import choose_attention
+from pearl_ray.kernels.ops import TorchLayerOps
 from pearl_ray.model.batching import Entry, make_batch
 from pearl_ray.model.config import ModelConfig
 from pearl_ray.model.kv_cache import KVCache
-from pearl_ray.model.layers import RMSNorm
 from pearl_ray.model.sharding import ShardPlan
 from pearl_ray.model.transformer import Transformer
 from tests.tiny import InMemorySource, hf_config, in_memory_source, make_reference_exact
@@ -251,8 +251,9 @@ def test_the_norm_keeps_float64_and_computes_lower_precisions_in_float32() -> No
     torch.manual_seed(0)
     x, weight = torch.randn(5, 72, dtype=torch.float64), torch.rand(72, dtype=torch.float64)
     exact = weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(RMSNorm(weight, 1e-6)(x), exact, rtol=1e-14, atol=0)
-    low = RMSNorm(weight.bfloat16(), 1e-6)(300 * x.bfloat16())  # squares beyond bfloat16's precision
+    rms_norm = TorchLayerOps().rms_norm
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), exact, rtol=1e-14, atol=0)
+    low = rms_norm(300 * x.bfloat16(), weight.bfloat16(), 1e-6)  # squares beyond bfloat16's precision
     torch.testing.assert_close(low.double(), exact, rtol=3e-2, atol=1e-3)
 
 

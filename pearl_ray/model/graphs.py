@@ -1,0 +1,83 @@
+"""CUDA graphs of passes, captured within a budget of seconds and bytes. Knows functions; knows no models or batches."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Hashable
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class GraphPool:
+    """Runs functions whose tensors all have fixed addresses: by replay of a CUDA graph where there is one.
+
+    All graphs share one memory pool, so what a pass computes on the way is valid until the next graph runs; results
+    that must live longer belong in tensors made before. Without a GPU, or ``enabled=False``, functions are just called.
+
+    Attributes:
+        num_captured, seconds, bytes: what capturing has cost.
+        num_replayed, num_called: runs either way.
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool, budget_s: float, budget_bytes: int) -> None:
+        self._device = device
+        self._enabled = enabled and device.type == "cuda"
+        self._budget_s, self._budget_bytes = budget_s, budget_bytes
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool: object = None
+        self.num_captured = self.num_replayed = self.num_called = self.bytes = 0
+        self.seconds = 0.0
+
+    def capture(self, key: Hashable, function: Callable[[], object]) -> bool:
+        """Make a graph of ``function``, which is called twice on the way; False where the budget is spent."""
+        if not self._enabled or key in self._graphs:
+            return key in self._graphs
+        if self.seconds >= self._budget_s or self.bytes >= self._budget_bytes:
+            return False
+        began, free = time.monotonic(), torch.cuda.mem_get_info(self._device)[0]
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):  # compiles kernels and makes scratch memory, which a capture may not
+            function()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # a tensor that is freed during a capture would be part of it
+        try:
+            with torch.cuda.stream(stream):
+                # Other threads (health checks) may use the device meanwhile: only this thread's calls are captured.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    function()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collecting:
+                gc.enable()
+        self._pool = self._pool or graph.pool()
+        self._graphs[key] = graph
+        self.num_captured += 1
+        self.seconds += time.monotonic() - began
+        self.bytes += max(free - torch.cuda.mem_get_info(self._device)[0], 0)
+        return True
+
+    def run(self, key: Hashable, function: Callable[[], object]) -> None:
+        """Queue the function's work on the current stream."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            self.num_called += 1
+            function()
+        else:
+            self.num_replayed += 1
+            graph.replay()
+
+    def log(self, what: str) -> None:
+        """Say what capturing has cost."""
+        logger.info(
+            "%s: %d CUDA graphs in %.1f s and %.2f GiB", what, self.num_captured, self.seconds, self.bytes / 2**30
+        )
