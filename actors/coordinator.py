@@ -33,6 +33,7 @@ from pearl_ray.core.errors import EngineDeadError, PearlError
 from pearl_ray.core.messages import DraftSummary, RoundSummary, Stop
 from pearl_ray.core.outputs import RequestOutput
 from pearl_ray.core.params import SamplingParams
+from pearl_ray.core.residents import SPARE_ROUNDS, SPARE_ROUNDS_AHEAD
 from pearl_ray.core.schedule import Limits
 from pearl_ray.core.windows import WindowPolicy
 from pearl_ray.model.loading import open_models
@@ -62,6 +63,7 @@ class CoordinatorActor:
         self._leader_outbox: Outbox | None = None
         self._clients = Clients()
         self._failure: PearlError | None = None
+        self._recoveries = dict.fromkeys(spec.roles, 0)  # shards replaced after a death
         self._tasks: set[asyncio.Task[None]] = set()
         self._runs: dict[str, ray.ObjectRef] = {}
         self._started_at = time.time()
@@ -119,6 +121,7 @@ class CoordinatorActor:
             eos_token_ids=eos,
             vocab_size=vocab_size,
             seed=spec.seed,
+            spare_rounds=SPARE_ROUNDS_AHEAD if spec.device == "cuda" else SPARE_ROUNDS,
         )
         caching = spec.enable_prefix_caching
         pools = [BlockPool(deployment.num_blocks, spec.block_size, prefix_caching=caching) for _ in range(2)]
@@ -345,7 +348,7 @@ class CoordinatorActor:
 
     async def stats(self) -> dict[str, object]:
         """The counters and gauges of /metrics, without the prefix."""
-        return report.stats(self._spec, self._deployment, self._ready())
+        return report.stats(self._spec, self._deployment, self._ready(), self._recoveries)
 
     async def rounds(self) -> tuple[list[RoundSummary], list[DraftSummary]]:
         """The newest rounds as both sides reported them, for benchmarks and traces."""

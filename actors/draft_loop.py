@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pearl_ray.actors.device_scribe import DeviceScribe
 from pearl_ray.actors.epochs import Epochs, Sends
 from pearl_ray.actors.grammars import Grammars
 from pearl_ray.cluster.bridge import Bridge
@@ -20,6 +21,7 @@ from pearl_ray.core.replica import Replica
 from pearl_ray.core.sampling import Row, coupled_tokens_sharded, propose
 from pearl_ray.core.schedule import RoundPlan, Work
 from pearl_ray.model.batching import Entry
+from pearl_ray.model.draft_steps import DraftSteps
 from pearl_ray.model.runner import ModelRunner
 
 
@@ -29,6 +31,7 @@ class DraftLoop:
 
     ``grammars``: with them the draft proposes only what the target's grammar allows (host work, which on the CPU costs
     no more than the noise); without, it proposes freely, and the target refuses.
+    ``steps``: with them the steps of plain rounds feed each other on the device.
     """
 
     replica: Replica
@@ -38,6 +41,7 @@ class DraftLoop:
     coordinator: Sends | None
     timeout_s: float
     grammars: Grammars | None = None
+    steps: DraftSteps | None = None
 
     def run(self) -> int:
         """Do rounds until the deployment stops; returns how many."""
@@ -52,21 +56,31 @@ class DraftLoop:
         """One round: draft, send, wait for the verdict, transition."""
         started = time.monotonic()
         checksum = self.replica.checksum()
-        scribe = _Scribe(self.replica, self.runner, plan, self.grammars)
+        scribe = self._scribe(plan)
         drafted = scribe.write()
         forward_s = time.monotonic() - started
         if plan.num_drafted and self.runner.group.rank == 0:
             self.bridge.send_window(scribe.window(number, checksum))
         finished = time.monotonic()
         verdict = self.bridge.receive_verdict(number, self.timeout_s)
-        wait_s = time.monotonic() - finished
+        received = time.monotonic()
+        wait_s = received - finished
         pairs = list(zip(verdict.num_accepted_S.tolist(), verdict.tokens_S.tolist(), strict=True))
         self.replica.advance(plan, drafted, pairs)
         if self.grammars is not None:
             self.grammars.drop_absent(self.replica.sequences)
+        advance_s = time.monotonic() - received
         if self.coordinator is not None:
-            steps = scribe.num_steps
-            self.coordinator.send(DraftSummary(number, checksum, started, finished, forward_s, wait_s, steps))
+            times = (started, finished, forward_s, wait_s)
+            self.coordinator.send(DraftSummary(number, checksum, *times, scribe.num_steps, advance_s))
+
+    def _scribe(self, plan: RoundPlan) -> _Scribe | DeviceScribe:
+        if self.steps is not None:
+            self.steps.keep(self.replica.sequences)
+            scribe = DeviceScribe(self.replica, self.steps, plan)
+            if scribe.is_able(with_grammars=self.grammars is not None):
+                return scribe
+        return _Scribe(self.replica, self.runner, plan, self.grammars)
 
 
 class _Scribe:
@@ -88,7 +102,7 @@ class _Scribe:
             if work.draft_fed:
                 tokens, start = self._replica.draft_entry(work)
                 blocks = self._replica.sequences[work.seq_id].draft_blocks
-                first.append(Entry(tokens, start, blocks, int(work.num_drafted > 0)))
+                first.append(Entry(tokens, start, blocks, int(work.num_drafted > 0), work.seq_id))
         writing = [work for work in self._plan.works if work.num_drafted]
         if first:
             self._step(first, writing)
@@ -102,7 +116,7 @@ class _Scribe:
         sequence = self._replica.sequences[work.seq_id]
         made = self._made[work.seq_id]
         start = sequence.state.num_committed + len(sequence.state.pending) + len(made) - 1
-        return Entry((made[-1],), start, sequence.draft_blocks, 1)
+        return Entry((made[-1],), start, sequence.draft_blocks, 1, work.seq_id)
 
     def _step(self, entries: list[Entry], writing: list[Work]) -> None:
         """One forward pass of the draft, and a token for each of ``writing``."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ray
 
-from pearl_ray.actors.draft_loop import DraftLoop
-from pearl_ray.actors.epochs import Epochs
-from pearl_ray.actors.spec import DeploymentSpec, Wiring
+from pearl_ray.actors.spec import DeploymentSpec
 from pearl_ray.actors.worker import ShardWorker
 
 
@@ -15,28 +13,6 @@ class DraftShardActor(ShardWorker):
 
     def __init__(self, spec: DeploymentSpec, rank: int) -> None:
         super().__init__(spec, "draft", rank)
-
-    @ray.method(concurrency_group="control")
-    def progress(self) -> tuple[int, int]:
-        """Layers loaded, layers in all."""
-        return self.layers
-
-    @ray.method(concurrency_group="control")
-    def close(self) -> None:
-        """Give back sockets and shared memory; the loop must have ended."""
-        self.release()
-
-    def make_loop(self, wiring: Wiring, epochs: Epochs) -> DraftLoop:
-        """The draft's rounds."""
-        assert self.runner is not None and self.bridge is not None
-        return DraftLoop(
-            replica=self.replica,
-            epochs=epochs,
-            runner=self.runner,
-            bridge=self.bridge,
-            coordinator=self.to_coordinator(wiring),
-            timeout_s=self.spec.round_timeout_s,
-        )
 
 
 DraftShard = ray.remote(max_restarts=0, concurrency_groups={"control": 2})(DraftShardActor)

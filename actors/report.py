@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from pearl_ray.actors.bringup import Deployment
 from pearl_ray.actors.spec import DeploymentSpec
@@ -26,14 +27,20 @@ def status(spec: DeploymentSpec, deployment: Deployment | None, controller: Cont
         "device": spec.device,
         "max_model_len": deployment.max_model_len if deployment else None,
         "kv_cache_blocks": deployment.num_blocks if deployment else None,
+        "bridge": dataclasses.asdict(deployment.bridge) if deployment and deployment.bridge else None,
         "shards": [dataclasses.asdict(info) for info in infos],
         "num_requests_running": controller.num_running if controller else 0,
         "num_requests_waiting": controller.num_waiting if controller else 0,
     }
 
 
-def stats(spec: DeploymentSpec, deployment: Deployment | None, controller: Controller) -> dict[str, object]:
-    """The counters and gauges of /metrics, without the prefix; seconds and tokens as their names say."""
+def stats(
+    spec: DeploymentSpec, deployment: Deployment | None, controller: Controller, recoveries: Mapping[str, int]
+) -> dict[str, object]:
+    """The counters and gauges of /metrics, without the prefix; seconds and tokens as their names say.
+
+    ``recoveries``: how often the shards of each role were replaced after a death.
+    """
     s, gauges = controller.statistics, controller.snapshot()
     pools = gauges["pools"]
     assert isinstance(pools, dict)
@@ -59,6 +66,7 @@ def stats(spec: DeploymentSpec, deployment: Deployment | None, controller: Contr
         "phase_sequences": gauges["phases"],
         "window_tokens": gauges["window_tokens"],
         "acceptance_rate": controller.windows.acceptance,
+        "recoveries_total": dict(recoveries),
         "draft_available": int("draft" in spec.roles),
         "target_forward_seconds": dict(costs.target_s) if costs else {},
         "draft_step_seconds": dict(costs.draft_s) if costs else {},

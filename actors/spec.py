@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pearl_ray.cluster.bridge_choice import BridgeOption
 from pearl_ray.cluster.devices import DeviceKey, Transport
+from pearl_ray.cluster.framed_mailbox import FRAME_BYTES
 from pearl_ray.core.params import Verification
 from pearl_ray.core.phases import Mode
 
@@ -21,6 +23,7 @@ class DeploymentSpec:
         num_speculative_tokens: a fixed window; None: chosen from measured costs.
         max_model_len: None: what the models allow.
         kv_cache_blocks: None: sized from free memory.
+        bridge: its transport; "auto": of those that the placement allows, the one that measures fastest.
     """
 
     name: str
@@ -47,6 +50,8 @@ class DeploymentSpec:
     seed: int | None
     round_timeout_s: float
     colocate: bool = False
+    deterministic: bool = False
+    bridge: BridgeOption = "auto"
 
     def tp(self, role: Role) -> int:
         """Shards of one model."""
@@ -72,14 +77,6 @@ class ShardInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardFootprint:
-    """What a loaded shard's cache takes per block, and what is free for it, in bytes."""
-
-    bytes_per_block: int
-    free_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class GroupWiring:
     """How the ranks of one model find each other (see ``cluster.meeting``)."""
 
@@ -89,27 +86,38 @@ class GroupWiring:
 
 @dataclass(frozen=True, kw_only=True)
 class Wiring:
-    """What connects a shard to the others for its rounds.
+    """What connects a shard to the others for its rounds, apart from the bridge, which is open by then.
 
     Attributes:
         coordinator: endpoint of the coordinator's inbox.
         followers: the target leader's: inboxes of all other shards.
-        windows, verdicts: the bridge's two mailboxes; None without a draft.
     """
 
     coordinator: str
     followers: tuple[str, ...] = ()
-    windows: MailboxWiring | None = None
-    verdicts: MailboxWiring | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class MailboxWiring:
-    """One mailbox of the bridge: one leader writes, all ranks of the other model read."""
+    """One mailbox of the bridge: one leader writes, all ranks of the other model read.
+
+    Attributes:
+        frame_bytes: what a message takes in the usual case, header included.
+    """
 
     transport: Transport
     meeting_point: str
     num_readers: int
+    frame_bytes: int = FRAME_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeWiring:
+    """Both mailboxes of the bridge over one transport; with ``trial`` they are measured once they are open."""
+
+    windows: MailboxWiring
+    verdicts: MailboxWiring
+    trial: bool
 
 
 @dataclass(frozen=True, kw_only=True)

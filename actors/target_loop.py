@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,23 @@ from pearl_ray.model.batching import Entry
 from pearl_ray.model.runner import ModelRunner
 
 Drafted = Sequence[tuple[Node, ...]]
+Logprobs = dict[int, tuple[list[TokenLogprobs], int, list[TokenLogprobs]]]
+
+
+class Finished(NamedTuple):
+    """A round that has been judged; ``epoch`` and ``checksum`` are of the replica before it, times are seconds."""
+
+    number: int
+    epoch: int
+    plan: RoundPlan
+    drafted: Drafted
+    verdicts: list[tuple[int, int]]
+    logprobs: Logprobs
+    checksum: int
+    started: float
+    forward_s: float
+    wait_s: float
+    gap_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -60,7 +78,7 @@ class TargetLoop:
     def do_round(self, number: int, plan: RoundPlan) -> None:
         """One round: forward, window, verdict, transition."""
         started = time.monotonic()
-        checksum = self.replica.checksum()
+        epoch, checksum = self.replica.epoch, self.replica.checksum()
         drafted: Drafted = [()] * len(plan.works)
         wait_s = 0.0
         in_turn = self.replica.limits.mode == "sd"
@@ -73,23 +91,28 @@ class TargetLoop:
             drafted, wait_s = self._receive_window(number, plan, checksum)
         verdicts = self._judge(plan, drafted, logits)
         logprobs = self._logprobs(plan, drafted, verdicts, logits)
+        self._finish(Finished(number, epoch, plan, drafted, verdicts, logprobs, checksum, started, forward_s, wait_s))
+
+    def _finish(self, done: Finished) -> None:
+        """Tell the draft, move the replica, tell the coordinator."""
+        number, plan = done.number, done.plan
         if self.bridge is not None and self.runner.group.rank == 0:
-            counts = np.array([v[0] for v in verdicts], dtype=np.int32)
-            tokens = np.array([v[1] for v in verdicts], dtype=np.int32)
+            counts = np.array([v[0] for v in done.verdicts], dtype=np.int32)
+            tokens = np.array([v[1] for v in done.verdicts], dtype=np.int32)
             self.bridge.send_verdict(VerdictMessage(number, counts, tokens))
-        epoch = self.replica.epoch
-        self.replica.advance(plan, drafted, verdicts)
+        self.replica.advance(plan, done.drafted, done.verdicts)
         if self.grammars is not None:
             self.grammars.drop_absent(self.replica.sequences)
         if self.coordinator is not None:
             sequences = [
-                SequenceSummary(work.seq_id, [node.token for node in nodes], *verdict, *logprobs.get(work.seq_id, ()))
-                for work, nodes, verdict in zip(plan.works, drafted, verdicts, strict=True)
+                SequenceSummary(
+                    work.seq_id, [node.token for node in nodes], *verdict, *done.logprobs.get(work.seq_id, ())
+                )
+                for work, nodes, verdict in zip(plan.works, done.drafted, done.verdicts, strict=True)
             ]
-            finished = time.monotonic()
-            rows = plan.num_target_rows
+            times = (done.started, time.monotonic(), done.forward_s, done.wait_s)
             self.coordinator.send(
-                RoundSummary(number, epoch, checksum, sequences, started, finished, forward_s, wait_s, rows)
+                RoundSummary(number, done.epoch, done.checksum, sequences, *times, plan.num_target_rows, done.gap_s)
             )
 
     def _entries(self, plan: RoundPlan, drafted: Drafted) -> list[Entry]:
@@ -98,7 +121,7 @@ class TargetLoop:
             if work.target_fed:
                 tokens, start = self.replica.target_entry(work, nodes)
                 blocks = self.replica.sequences[work.seq_id].target_blocks
-                entries.append(Entry(tokens, start, blocks, self._num_outputs(work)))
+                entries.append(Entry(tokens, start, blocks, self._num_outputs(work), work.seq_id))
         return entries
 
     def _num_outputs(self, work: Work) -> int:
@@ -161,9 +184,9 @@ class TargetLoop:
 
     def _logprobs(
         self, plan: RoundPlan, drafted: Drafted, verdicts: list[tuple[int, int]], logits_RV: torch.Tensor | None
-    ) -> dict[int, tuple[list[TokenLogprobs], int, list[TokenLogprobs]]]:
+    ) -> Logprobs:
         """Per sequence that asks: those of its committed tokens, and of the prompt tokens this round fed."""
-        found: dict[int, tuple[list[TokenLogprobs], int, list[TokenLogprobs]]] = {}
+        found: Logprobs = {}
         end = 0
         for work, nodes, (num_accepted, token) in zip(plan.works, drafted, verdicts, strict=True):
             outputs = self._num_outputs(work)

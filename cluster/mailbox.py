@@ -1,7 +1,8 @@
 """Mailboxes: one writer, several readers, messages of bytes, in order, none lost.
 
-Knows bytes, deadlines and shared memory (or a torch process group, between hosts). Knows nothing of rounds, windows or
-Ray. Both kinds raise ``TimeoutError`` at a deadline and ``ConnectionError`` after :meth:`abort`.
+Knows bytes, deadlines and shared memory (``framed_mailbox`` and ``nccl_mailbox`` go over torch's process groups).
+Knows nothing of rounds, windows or Ray. All kinds raise ``TimeoutError`` at a deadline and ``ConnectionError`` after
+``abort``.
 """
 
 from __future__ import annotations
@@ -11,14 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
-
 from pearl_ray.cluster.shm import CACHE_LINE_WORDS, HEADER_BYTES, SharedArena, fence, wait_until
-from pearl_ray.cluster.torch_group import TorchGroup
 
 WRITER = 0
-
-_FAR_S = 7 * 24 * 3600.0  # gloo's own deadline of a pending broadcast: an idle line is no error
 
 _WORD_0 = HEADER_BYTES // 8
 _WORD_ABORTED = _WORD_0  # 1 + the party that aborted
@@ -55,6 +51,7 @@ class ShmMailbox:
         slot_bytes: payload bytes per slot.
         num_slots: how many slots the writer may be ahead of the slowest reader.
         timeout_s: how long attaching waits for the writer.
+        spin_s: how long a wait keeps its core before it sleeps between looks; on one core it never does.
     """
 
     def __init__(
@@ -66,6 +63,7 @@ class ShmMailbox:
         slot_bytes: int = 1 << 16,
         num_slots: int = 16,
         timeout_s: float = 60.0,
+        spin_s: float = 50e-6,
     ) -> None:
         assert 0 <= party <= num_readers and num_readers >= 1 and slot_bytes >= 64 and num_slots >= 2
         self._party, self._num_readers, self._num_slots = party, num_readers, num_slots
@@ -84,7 +82,7 @@ class ShmMailbox:
         self._num_written = 0
         self._num_read = 0
         self._partial: list[bytes] = []
-        self._spin_s = 50e-6 if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self._spin_s = spin_s if len(os.sched_getaffinity(0)) > 1 else 0.0
 
     def send(self, payload: bytes, timeout_s: float) -> None:
         """Hand ``payload`` to every reader; ``TimeoutError`` names the readers that lag, and ends the mailbox."""
@@ -175,63 +173,3 @@ class ShmMailbox:
             return ready()
 
         return wait_until(look, deadline - time.monotonic(), spin_s=self._spin_s)
-
-
-class TorchMailbox:
-    """A mailbox between hosts: broadcasts of a gloo :class:`TorchGroup` of its own, rank 0 the writer.
-
-    Short messages are one broadcast of ``eager_bytes`` (8 bytes of length, then the payload), longer ones two. A
-    deadline of gloo's own would break the connection, so pending broadcasts have a far one and ours is kept by looking.
-    A sender's "delivered" means handed to the kernel's socket buffers.
-    """
-
-    def __init__(self, group: TorchGroup, *, eager_bytes: int = 4096) -> None:
-        assert group.backend == "gloo" and eager_bytes > 8
-        self._group, self._eager = group, eager_bytes
-        self._head: torch.Tensor | None = None
-        self._tail: torch.Tensor | None = None
-
-    def send(self, payload: bytes, timeout_s: float) -> None:
-        """Broadcast ``payload``; a timeout ends the mailbox."""
-        assert self._group.rank == WRITER
-        deadline = time.monotonic() + timeout_s
-        head = torch.zeros(self._eager, dtype=torch.uint8)
-        eager = self._eager - 8
-        content = len(payload).to_bytes(8, "little") + payload[:eager]
-        head[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        self._group.start_broadcast(head, WRITER, _FAR_S)
-        self._group.finish(deadline - time.monotonic())
-        if len(payload) > eager:
-            rest = torch.frombuffer(bytearray(payload[eager:]), dtype=torch.uint8)
-            self._group.start_broadcast(rest, WRITER, _FAR_S)
-            self._group.finish(deadline - time.monotonic())
-
-    def receive(self, timeout_s: float) -> bytes:
-        """The next message; after a ``TimeoutError`` the pending broadcast stays and the next call goes on with it."""
-        assert self._group.rank != WRITER
-        deadline = time.monotonic() + timeout_s
-        if self._head is None:
-            self._head = torch.empty(self._eager, dtype=torch.uint8)
-            self._group.start_broadcast(self._head, WRITER, _FAR_S)
-        if self._tail is None:
-            self._group.finish(deadline - time.monotonic(), keep=True)
-        length = int.from_bytes(self._head[:8].numpy().tobytes(), "little")
-        eager = self._eager - 8
-        tail = b""
-        if length > eager:
-            if self._tail is None:
-                self._tail = torch.empty(length - eager, dtype=torch.uint8)
-                self._group.start_broadcast(self._tail, WRITER, _FAR_S)
-            self._group.finish(deadline - time.monotonic(), keep=True)
-            tail = self._tail.numpy().tobytes()
-        message = self._head[8 : 8 + min(length, eager)].numpy().tobytes() + tail
-        self._head = self._tail = None
-        return message
-
-    def abort(self) -> None:
-        """Make every pending and later call of this end raise; the others see the connection close."""
-        self._group.abort()
-
-    def close(self) -> None:
-        """Leave the group."""
-        self._group.close()

@@ -6,12 +6,15 @@ of the parties serves.
 
 from __future__ import annotations
 
+import torch
 from torch.distributed import Store
 
 from pearl_ray.cluster.devices import Transport
-from pearl_ray.cluster.mailbox import Mailbox, ShmMailbox, TorchMailbox
+from pearl_ray.cluster.framed_mailbox import FRAME_BYTES, TorchMailbox
+from pearl_ray.cluster.mailbox import Mailbox, ShmMailbox
+from pearl_ray.cluster.nccl_mailbox import NcclMailbox
 from pearl_ray.cluster.shm_group import ShmGroup
-from pearl_ray.cluster.torch_group import TorchGroup, join_store, serve_store
+from pearl_ray.cluster.torch_group import Backend, TorchGroup, join_store, serve_store
 from pearl_ray.core.comm import Group, SingleGroup
 
 
@@ -41,13 +44,40 @@ def join_group(
 
 
 def open_mailbox(
-    transport: Transport, meeting_point: str, party: int, num_readers: int, *, host: str | None, timeout_s: float
+    transport: Transport,
+    meeting_point: str,
+    party: int,
+    num_readers: int,
+    *,
+    host: str | None,
+    timeout_s: float,
+    frame_bytes: int = FRAME_BYTES,
+    behind_queue: bool = True,
+    spin_s: float = 50e-6,
 ) -> Mailbox:
-    """One end of a mailbox: party 0 writes, 1 … ``num_readers`` read."""
+    """One end of a mailbox: party 0 writes, 1 … ``num_readers`` read. NCCL uses the current CUDA device.
+
+    Args:
+        frame_bytes: what the usual message takes, header included; the same for all parties.
+        behind_queue: see ``NcclMailbox``. spin_s: see ``ShmMailbox``.
+
+    Raises:
+        TimeoutError, ConnectionError: a party didn't come within ``timeout_s``, or went away.
+    """
+    assert transport in ("shm", "gloo", "nccl")
     if transport == "shm":
-        return ShmMailbox(meeting_point, party, num_readers, timeout_s=timeout_s)
+        return ShmMailbox(meeting_point, party, num_readers, timeout_s=timeout_s, spin_s=spin_s)
     store, name = _store(meeting_point, timeout_s)
-    return TorchMailbox(TorchGroup("gloo", store, party, num_readers + 1, timeout_s, name=name, host=host))
+    backend: Backend = "nccl" if transport == "nccl" else "gloo"
+    group = TorchGroup(backend, store, party, num_readers + 1, timeout_s, name=name, host=host)
+    try:
+        if backend == "gloo":
+            return TorchMailbox(group, frame_bytes=frame_bytes)
+        device = torch.device("cuda", torch.cuda.current_device())
+        return NcclMailbox(group, device, frame_bytes=frame_bytes, behind_queue=behind_queue, timeout_s=timeout_s)
+    except BaseException:
+        group.close()
+        raise
 
 
 def _store(meeting_point: str, timeout_s: float) -> tuple[Store, str]:

@@ -35,6 +35,7 @@ _NCCL_WATCHDOG = {
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "100",
     "TORCH_FR_BUFFER_SIZE": "0",
 }
+_DEVICE_SPIN_S = 0.1  # how long synchronize() looks without a pause: longer than a round takes
 _CLOSE_S = 5.0  # how long close() waits for the connections to end; they end without it too
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -186,8 +187,8 @@ class TorchGroup:
         if get_error is not None and (state := str(get_error())).rpartition(".")[2].upper() != "SUCCESS":
             raise self._failed(RuntimeError(state))
 
-    def synchronize(self, timeout_s: float | None = None) -> None:
-        """Wait on the host for all that is queued on the current stream: the one synchronisation of a round.
+    def synchronize(self, timeout_s: float | None = None, event: torch.cuda.Event | None = None) -> None:
+        """Wait on the host for ``event``, or for all that is queued on the current stream: a round's one wait.
 
         Raises ``TimeoutError`` if it isn't done within ``timeout_s`` seconds (the group's deadline if None): a peer is
         missing, and the group is aborted; ``ConnectionError`` if :meth:`abort` came meanwhile. What was computed is
@@ -195,14 +196,15 @@ class TorchGroup:
         """
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         self._raise_if_ended()
-        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        if event is None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
 
         def ready() -> bool:
             self._raise_if_ended()
             return bool(event.query())
 
-        if not wait_until(ready, timeout_s):
+        if not wait_until(ready, timeout_s, spin_s=_DEVICE_SPIN_S):
             self.abort()
             raise TimeoutError(
                 f"rank {self.rank} of {self.size} of {self._name}: the device did not finish in {timeout_s:g} s"

@@ -20,12 +20,14 @@ from pearl_ray.core.phases import Mode
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 Device = Literal["cuda", "cpu"]
 AttentionBackend = Literal["flash-attn", "triton", "torch"]
+Bridge = Literal["nccl", "gloo", "shm"]
 
 MODES = ("pearl", "sd", "ar")
 VERIFICATIONS = ("coupled", "rejection")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "torch")
+BRIDGES = ("auto", "nccl", "gloo", "shm")
 
 ALIASES = {"target_tp": "target_tensor_parallel_size", "draft_tp": "draft_tensor_parallel_size"}
 
@@ -58,6 +60,9 @@ class PearlConfig:
         ray_address: None: join the Ray that runs here, or start one; "local": always start an own one.
         trace: path of a Chrome trace to write; None: none.
         colocate: put draft and target shards on the same devices.
+        deterministic: fixed reduction orders and tile shapes, so that a token's bits don't depend on what else is in
+            the batch; slower, prefill above all.
+        bridge: what carries windows and verdicts between draft and target; "auto": what measures fastest at start.
 
     Raises:
         ConfigError: (a ``ValueError``) naming the field, its value and what is allowed.
@@ -88,6 +93,8 @@ class PearlConfig:
     ray_address: str | None = None
     trace: str | None = None
     colocate: bool = False
+    deterministic: bool = False
+    bridge: Bridge | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("target_model", "draft_model", "trace"):  # a pathlib.Path is as good as its text
@@ -102,6 +109,7 @@ class PearlConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _one_of("bridge", self.bridge, BRIDGES)
         _whole("target_tensor_parallel_size", self.target_tensor_parallel_size, 1, 1024)
         _whole("draft_tensor_parallel_size", self.draft_tensor_parallel_size, 1, 1024)
         if self.num_speculative_tokens != "auto":
@@ -121,7 +129,7 @@ class PearlConfig:
         _number("round_timeout_s", self.round_timeout_s, math.inf, what="a number of seconds above 0")
         if self.cpus_per_shard != "auto":
             _number("cpus_per_shard", self.cpus_per_shard, math.inf, what="'auto' or a number of CPUs above 0")
-        for name in ("enable_prefix_caching", "enforce_eager", "colocate"):
+        for name in ("enable_prefix_caching", "enforce_eager", "colocate", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(name, getattr(self, name), "True or False")
         if self.colocate and self.device == "cpu":
@@ -193,6 +201,9 @@ def resolve(
     on_gpu = device == "cuda"
     if config.colocate and not on_gpu:
         raise ConfigError("colocate", True, "False without a GPU: colocation is about sharing GPUs")
+    if config.bridge == "nccl" and config.uses_draft and (config.colocate or not on_gpu):
+        reason = "NCCL refuses two ranks on one device" if on_gpu else "NCCL needs a GPU per shard"
+        raise ConfigError("bridge", "nccl", f"{reason}; possible here: auto, shm, gloo")
     if config.dtype != "auto":
         dtype: str = config.dtype
     else:
@@ -201,12 +212,15 @@ def resolve(
     backend: str = config.attention_backend
     if backend == "auto":
         fast = on_gpu and dtype in ("bfloat16", "float16")
-        paged = has_flash_attn and config.block_size % 256 == 0  # the pages that flash-attn's cache has
+        # The pages that flash-attn's cache has; its splits depend on the batch.
+        paged = has_flash_attn and config.block_size % 256 == 0 and not config.deterministic
         backend = "flash-attn" if fast and paged else "triton" if fast else "torch"
     elif backend != "torch" and not on_gpu:
         raise ConfigError("attention_backend", backend, "'torch' or 'auto' on CPU")
     elif backend == "flash-attn" and not has_flash_attn:
         raise ConfigError("attention_backend", backend, "flash-attn is not installed; pip install pearl-ray[flash]")
+    elif backend == "flash-attn" and config.deterministic:
+        raise ConfigError("attention_backend", backend, "'triton' or 'torch' with deterministic")
     elif backend == "flash-attn" and dtype not in ("bfloat16", "float16"):
         raise ConfigError("attention_backend", backend, f"'triton' or 'torch' with dtype {dtype}")
     cpus = config.cpus_per_shard

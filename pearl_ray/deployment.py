@@ -158,6 +158,8 @@ def _spec(config: PearlConfig, name: str, models: Models) -> DeploymentSpec:
         seed=resolved.seed,
         round_timeout_s=resolved.round_timeout_s,
         colocate=resolved.colocate,
+        bridge=resolved.bridge,
+        deterministic=resolved.deterministic,
     )
 
 

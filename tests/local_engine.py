@@ -16,6 +16,8 @@ from types import TracebackType
 
 import torch
 
+from pearl_ray.actors.device import DeviceParts, capture, make_parts
+from pearl_ray.actors.device_target import DeviceTargetLoop
 from pearl_ray.actors.draft_loop import DraftLoop
 from pearl_ray.actors.epochs import FollowerEpochs, LeaderEpochs
 from pearl_ray.actors.grammars import Grammars
@@ -26,19 +28,24 @@ from pearl_ray.cluster.mailbox import ShmMailbox
 from pearl_ray.cluster.meeting import join_group
 from pearl_ray.cluster.shm import arena_path
 from pearl_ray.core.blocks import BlockPool
+from pearl_ray.core.comm import Group
 from pearl_ray.core.controller import Controller, ControllerConfig
 from pearl_ray.core.messages import DraftSummary, RoundSummary, Stop
 from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.phases import Mode
 from pearl_ray.core.replica import Replica
 from pearl_ray.core.requests import Request
+from pearl_ray.core.residents import SPARE_ROUNDS, SPARE_ROUNDS_AHEAD
 from pearl_ray.core.schedule import Limits
 from pearl_ray.core.windows import WindowPolicy
 from pearl_ray.model.grammar import GrammarCompiler
-from pearl_ray.model.loading import Models, Role, load_model, open_models
+from pearl_ray.model.kv_cache import KVCache
+from pearl_ray.model.loading import LoadedModel, Models, Role, load_model, open_models
 from pearl_ray.model.runner import ModelRunner
 
 TIMEOUT_S = 60.0
+MAX_WINDOW = 64
+_CAPTURING = threading.Lock()
 
 
 class LocalEngine:
@@ -60,11 +67,22 @@ class LocalEngine:
         max_model_len: int = 512,
         verification: str = "coupled",
         draft_grammars: bool = True,
+        on_device: bool = False,
+        device: str = "cpu",
+        attention_backend: str = "torch",
+        use_graphs: bool = False,
     ) -> None:
-        self._draft_grammars = draft_grammars
+        """``on_device``: the loops, passes and samplers of GPUs; on a CPU with torch in the kernels' place."""
+        self._draft_grammars, self._on_device = draft_grammars, on_device
+        self._device, self._backend, self._use_graphs = torch.device(device), attention_backend, use_graphs
+        self.device_parts: list[DeviceParts] = []
+        self._max_num_seqs, self._max_model_len = max_num_seqs, max_model_len
+        self.target_loops: list[TargetLoop] = []
+        self.draft_loops: list[DraftLoop] = []
         self._paths: dict[Role, str] = {"target": str(dirs[0]), "draft": str(dirs[1])}
         self._limits = Limits(mode, max_num_batched_tokens)
         self._sizes = (num_blocks, block_size)
+        self._window = window
         self._dtype = dtype
         self.models: Models = open_models(*self._paths.values(), "", with_draft=mode != "ar")
         self._tp: dict[Role, int] = {"target": target_tp} if mode == "ar" else {"target": target_tp, "draft": draft_tp}
@@ -85,6 +103,7 @@ class LocalEngine:
                 eos_token_ids=self.models.eos_token_ids,
                 vocab_size=self.models.num_valid["target"],
                 seed=0,
+                spare_rounds=SPARE_ROUNDS_AHEAD if on_device else SPARE_ROUNDS,
             ),
             pools[0],
             pools[1] if mode != "ar" else None,
@@ -118,16 +137,21 @@ class LocalEngine:
             rank=rank,
             group=group,
             dtype=self._dtype,
-            device=torch.device("cpu"),
-            attention_backend="torch",
+            device=self._device,
+            attention_backend=self._backend,
             block_size=self._sizes[1],
             on_layer_loaded=lambda done, total: None,
         )
         num_blocks, block_size = self._sizes
         cache = model.make_cache(num_blocks, block_size)
-        runner = ModelRunner(
-            model.transformer, cache, group, block_size=block_size, num_valid=self.models.num_valid[role]
-        )
+        num_valid = self.models.num_valid[role]
+        runner: ModelRunner
+        parts = None
+        if self._on_device:
+            parts = self._make_parts(role, model, cache, group)
+            runner = parts.runner
+        else:
+            runner = ModelRunner(model.transformer, cache, group, block_size=block_size, num_valid=num_valid)
         replica = Replica(self._limits, block_size)
         bridge = self._bridge(role, rank) if "draft" in self._tp else None
         inbox = self._inboxes[role, rank]
@@ -138,13 +162,38 @@ class LocalEngine:
             assert bridge is not None
             epochs = FollowerEpochs(inbox, replica)
             own = grammars if self._draft_grammars else None
-            return DraftLoop(replica, epochs, runner, bridge, outbox, TIMEOUT_S, own)
-        if rank > 0:
-            return TargetLoop(replica, FollowerEpochs(inbox, replica), runner, bridge, None, TIMEOUT_S, grammars)
+            steps = parts.steps if parts is not None else None
+            drafting = DraftLoop(replica, epochs, runner, bridge, outbox, TIMEOUT_S, own, steps)
+            self.draft_loops.append(drafting)
+            return drafting
         followers = [Outbox(other.endpoint) for key, other in self._inboxes.items() if key != ("target", 0)]
         self._closing += followers
-        leader = LeaderEpochs(inbox, replica, followers)
-        return TargetLoop(replica, leader, runner, bridge, outbox, TIMEOUT_S, grammars)
+        target_epochs = FollowerEpochs(inbox, replica) if rank > 0 else LeaderEpochs(inbox, replica, followers)
+        own_parts = (replica, target_epochs, runner, bridge, outbox if rank == 0 else None, TIMEOUT_S, grammars)
+        if parts is not None:
+            loop: TargetLoop = DeviceTargetLoop(*own_parts, parts.sampler, parts.verification)
+        else:
+            loop = TargetLoop(*own_parts)
+        self.target_loops.append(loop)
+        return loop
+
+    def _make_parts(self, role: Role, model: LoadedModel, cache: KVCache, group: Group) -> DeviceParts:
+        with _CAPTURING:  # one capture at a time: the threads share a device
+            parts = make_parts(
+                role,
+                model.transformer,
+                cache,
+                group,
+                block_size=self._sizes[1],
+                num_valid=self.models.num_valid[role],
+                max_num_seqs=self._max_num_seqs,
+                max_model_len=self._max_model_len,
+                max_window=MAX_WINDOW,
+                use_graphs=self._use_graphs,
+            )
+            capture(role, parts, self._window)
+        self.device_parts.append(parts)
+        return parts
 
     def _bridge(self, role: Role, rank: int) -> Bridge:
         drafting = role == "draft"

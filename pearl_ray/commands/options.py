@@ -17,7 +17,17 @@ import click
 import yaml
 from click.core import ParameterSource
 
-from pearl_ray.config import ALIASES, ATTENTION_BACKENDS, DEVICES, DTYPES, FIELDS, MODES, VERIFICATIONS, PearlConfig
+from pearl_ray.config import (
+    ALIASES,
+    ATTENTION_BACKENDS,
+    BRIDGES,
+    DEVICES,
+    DTYPES,
+    FIELDS,
+    MODES,
+    VERIFICATIONS,
+    PearlConfig,
+)
 from pearl_ray.core.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -212,6 +222,18 @@ ENGINE_OPTIONS: list[Callable[[Any], Any]] = [
         help="Write a Chrome trace (JSON) of the newest rounds to this file, at the end.",
     ),
     option("--colocate", is_flag=True, default=DEFAULTS.colocate, help="Draft and target share their GPUs."),
+    option(
+        "--deterministic",
+        is_flag=True,
+        default=DEFAULTS.deterministic,
+        help="A token's bits don't depend on what else is in the batch (slower).",
+    ),
+    option(
+        "--bridge",
+        type=click.Choice(BRIDGES),
+        default=DEFAULTS.bridge,
+        help="What carries tokens between draft and target; auto: what measures fastest at start.",
+    ),
 ]
 
 _SAMPLING = SamplingParams()

@@ -11,12 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from pearl_ray.actors.bringup import _check_memory, _num_blocks
-from pearl_ray.actors.spec import ShardFootprint, ShardInfo
+from pearl_ray.actors.spec import ShardInfo
 from pearl_ray.cli import cli
 from pearl_ray.cluster.devices import DeviceKey
 from pearl_ray.config import PearlConfig
 from pearl_ray.core.errors import OutOfMemoryError
 from pearl_ray.deployment import _spec, check_models
+from pearl_ray.model.memory import Measured, ShardUsage
 
 Dirs = tuple[Path, Path]
 
@@ -101,6 +102,7 @@ def test_too_little_memory_says_how_much_is_needed_and_free(pair, monkeypatch):
     infos = {(role, 0): shard(role, 100_000) for role in ("draft", "target")}
     with pytest.raises(OutOfMemoryError, match=r"the weights need .* GiB as float64 and .* has .* GiB free"):
         _check_memory(spec, models, infos)
-    prints = {key: ShardFootprint(bytes_per_block=1 << 20, free_bytes=1 << 30) for key in infos}
-    with pytest.raises(OutOfMemoryError, match=r"=8192 needs 1024 MiB on cpu .* 256 MiB .* to 2048 or"):
-        _num_blocks(spec, infos, prints, 8192)
+    usage = ShardUsage(temporary_bytes=0, graph_bytes=0, bytes_per_block=1 << 20)
+    found = {key: Measured(total_bytes=1 << 30, used_bytes=0, shard=usage) for key in infos}
+    with pytest.raises(OutOfMemoryError, match=r"=8192 needs 1024 MiB on the cpu .* 256 MiB .* to 2048 or"):
+        _num_blocks(spec, infos, found, 8192)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from pearl_ray.cluster.bridge import Bridge
-from pearl_ray.cluster.mailbox import Mailbox, ShmMailbox, TorchMailbox
+from pearl_ray.cluster.framed_mailbox import TorchMailbox
+from pearl_ray.cluster.mailbox import Mailbox, ShmMailbox
 from pearl_ray.cluster.shm import arena_path
 from pearl_ray.cluster.torch_group import TorchGroup, join_store, serve_store
 from pearl_ray.core.errors import ReplicaDivergedError
@@ -35,7 +36,7 @@ def _open(kind: str, where: str | int, party: int, num_readers: int) -> Mailbox:
         return ShmMailbox(str(where), party, num_readers, slot_bytes=256, num_slots=4, timeout_s=20.0)
     store = join_store("127.0.0.1", int(where))
     group = TorchGroup("gloo", store, party, num_readers + 1, 20.0, name="mailbox", host="127.0.0.1")
-    return TorchMailbox(group, eager_bytes=256)
+    return TorchMailbox(group, frame_bytes=256, piece_bytes=512)
 
 
 def _messages(count: int) -> list[bytes]:

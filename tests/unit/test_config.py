@@ -45,6 +45,8 @@ BAD_VALUES = [
     ("ray_address", ""),
     ("trace", ""),
     ("colocate", None),
+    ("bridge", "tcp"),
+    ("deterministic", "yes"),
 ]
 
 

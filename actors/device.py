@@ -1,0 +1,170 @@
+"""What a shard's rounds need on a GPU: passes of fixed shape, samplers, CUDA graphs, and the measured costs of steps.
+
+Puts together what ``model`` and ``kernels`` offer; the shard asks for it once, when its cache exists. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pearl_ray.core.comm import Group
+from pearl_ray.core.params import SamplingParams
+from pearl_ray.core.sampling import Row
+from pearl_ray.core.windows import MAX_WINDOW
+from pearl_ray.kernels.sampler import Sampler, make_sampler
+from pearl_ray.model.batching import Entry
+from pearl_ray.model.draft_steps import DraftSteps, Writer
+from pearl_ray.model.graphs import GraphPool
+from pearl_ray.model.kv_cache import KVCache
+from pearl_ray.model.passes import QUERY_BUCKETS, ROW_BUCKETS, SEQUENCE_BUCKETS, PassRunner, Shape, padded
+from pearl_ray.model.transformer import Transformer
+from pearl_ray.model.verification import Verification
+
+GRAPH_SECONDS = 60.0  # for capturing; what is left over then runs without a graph
+GRAPH_BYTES = 1 << 30
+TARGET_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DRAFT_SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
+MOST_DRAFTED = 64  # tokens of a window, at most: a request may ask for more than the engine would
+REPEATS = 5
+PROFILE_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceParts:
+    """One rank's: ``steps`` is the draft's, ``verification`` the target's."""
+
+    runner: PassRunner
+    sampler: Sampler
+    steps: DraftSteps | None = None
+    verification: Verification | None = None
+
+
+def make_parts(
+    role: str,
+    model: Transformer,
+    cache: KVCache,
+    group: Group,
+    *,
+    block_size: int,
+    num_valid: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    max_window: int,
+    use_graphs: bool,
+) -> DeviceParts:
+    """The parts of one rank; ``use_graphs``: where the device, its group and the attention backend can be captured."""
+    runner = PassRunner(
+        model,
+        cache,
+        group,
+        block_size=block_size,
+        num_valid=num_valid,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        graphs=GraphPool(model.device, enabled=use_graphs, budget_s=GRAPH_SECONDS, budget_bytes=GRAPH_BYTES),
+    )
+    sampler = make_sampler(model.device, group, model.vocab_sizes, num_valid)
+    if role == "draft":
+        return DeviceParts(runner, sampler, steps=DraftSteps(runner, sampler, max_window))
+    return DeviceParts(runner, sampler, verification=Verification(runner, sampler, max_window))
+
+
+def can_capture(group: Group, attention_backend: str, *, enforce_eager: bool) -> bool:
+    """Whether passes of this rank can be CUDA graphs: nothing in them may go through the host."""
+    by_device = group.size == 1 or getattr(group, "backend", None) == "nccl"
+    return by_device and attention_backend != "torch" and not enforce_eager
+
+
+@torch.inference_mode()
+def capture(role: str, parts: DeviceParts, max_width: int) -> None:
+    """Make the graphs that rounds will ask for. Collective; the cache must not hold anything yet."""
+    runner = parts.runner
+    if role == "target":
+        runner.capture(verification_shapes(runner, max_width))
+    else:
+        batches = [size for size in SEQUENCE_BUCKETS if size < 2 * runner.max_seqs]
+        runner.capture(runner.shape(min(size, runner.max_rows), size, 1) for size in batches)
+        assert parts.steps is not None
+        parts.steps.capture(batches)
+    runner.graphs.log(role)
+
+
+def verification_shapes(runner: PassRunner, max_width: int) -> Iterator[Shape]:
+    """The shapes of decoding passes: every number of sequences, rows for windows up to ``max_width``."""
+    fewest = 1
+    for seqs in (size for size in SEQUENCE_BUCKETS if fewest <= runner.max_seqs):
+        if fewest > runner.max_seqs:
+            return
+        most = min(seqs, runner.max_seqs)
+        low, high = padded(fewest, ROW_BUCKETS), padded(min(most * max_width, runner.max_rows), ROW_BUCKETS)
+        for rows in (size for size in ROW_BUCKETS if low <= size <= high):
+            longest = min(max_width, rows - fewest + 1)
+            shortest = -(-(_below(rows) + 1) // most)
+            for query in QUERY_BUCKETS:
+                if padded(shortest, QUERY_BUCKETS) <= query <= padded(longest, QUERY_BUCKETS):
+                    yield Shape(rows, seqs, min(query, rows))
+        fewest = seqs + 1
+
+
+def _below(rows: int) -> int:
+    """The bucket before this one."""
+    at = ROW_BUCKETS.index(rows)
+    return ROW_BUCKETS[at - 1] if at else 0
+
+
+@torch.inference_mode()
+def profile(role: str, parts: DeviceParts, num_blocks: int, context: int) -> dict[int, float]:
+    """Measured seconds: a target pass by its rows, a draft step by its sequences. Collective; before any request."""
+    return (
+        _profile_target(parts, num_blocks, context) if role == "target" else _profile_draft(parts, num_blocks, context)
+    )
+
+
+def _profile_target(parts: DeviceParts, num_blocks: int, context: int) -> dict[int, float]:
+    runner = parts.runner
+    size = runner.block_size
+    blocks = list(range(min(num_blocks, -(-(context + TARGET_ROWS[-1]) // size))))
+    start = min(context, len(blocks) * size // 2)
+    seconds = {}
+    for rows in TARGET_ROWS:
+        if start + rows > len(blocks) * size or rows > runner.max_rows:
+            break
+        entries = [Entry([0] * rows, start, blocks, rows)]
+        seconds[rows] = _fastest(runner, lambda entries=entries: runner.logits(entries))
+    return seconds
+
+
+def _profile_draft(parts: DeviceParts, num_blocks: int, context: int) -> dict[int, float]:
+    """A step's seconds, with its sampling: of a window of several less a window of one."""
+    runner, steps = parts.runner, parts.steps
+    assert steps is not None
+    size = runner.block_size
+    blocks = list(range(min(num_blocks, -(-(context + MAX_WINDOW) // size))))
+    start = min(context, len(blocks) * size // 2)
+    seconds = {}
+    for count in DRAFT_SEQUENCES:
+        if count > runner.max_seqs or start + PROFILE_STEPS > len(blocks) * size:
+            break
+        first = [Entry([0], start, blocks, 1)] * count
+        row = Row(SamplingParams(temperature=0.0), 0, 0, start + 1)
+
+        def window(limit: int, first: list[Entry] = first, row: Row = row) -> None:
+            steps.write(first, [Writer(-1, blocks, row, limit, False)] * len(first))
+
+        one, several = (_fastest(runner, lambda limit=limit: window(limit)) for limit in (1, PROFILE_STEPS))
+        seconds[count] = max((several - one) / (PROFILE_STEPS - 1), 1e-6)
+    return seconds
+
+
+def _fastest(runner: PassRunner, function: Callable[[], object]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        began = time.monotonic()
+        function()
+        runner.wait()
+        times.append(time.monotonic() - began)
+    return min(times)

@@ -1,0 +1,355 @@
+"""Rounds at the speed of the hardware, or what keeps them from it: correctness, then pieces, then whole rounds.
+
+    python -m benchmarks.hot_path --target MODEL --draft MODEL --prompts FILE.jsonl
+        [--batches 1,8,32] [--tokens 128] [--only correctness,rounds,sd,pieces] [--colocate] [--json FILE]
+
+MODEL as for ``pearl-ray serve``; a small pair in a large shape is made by ``benchmarks.scaled_checkpoint``. Everything
+is greedy and runs past the end of text, so that a batch keeps its size. Rounds are read from what the shards report of
+each: a round's time is from one verdict to the next, medians over rounds whose batch didn't change. On a CPU it
+rehearses at tiny shapes; the ratios mean something on GPUs only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ray
+import torch
+
+from benchmarks.prompts import read_prompts
+from pearl_ray import PearlConfig, PearlEngine, SamplingParams, env
+from pearl_ray.actors.device import DeviceParts, can_capture, make_parts
+from pearl_ray.core.comm import SingleGroup
+from pearl_ray.core.messages import DraftSummary, RoundSummary
+from pearl_ray.core.outputs import RequestOutput
+from pearl_ray.core.sampling import Row
+from pearl_ray.model.batching import Entry
+from pearl_ray.model.draft_steps import Writer
+from pearl_ray.model.loading import load_model, open_models
+
+ROUNDING = 0.25  # of a log-probability: two roundings of a bfloat16 logit between 16 and 32
+CONTEXT = 256  # tokens of context of the pieces
+REPEATS = 20
+HEAD = "batch  mode rounds  rows  round ms target ms  draft ms  wait ms   gap us  /slower  tokens/s /forward"
+
+
+class Rounds(NamedTuple):
+    """Medians over steady rounds, in milliseconds, and what they committed."""
+
+    count: int
+    period: float
+    target: float
+    draft: float
+    wait: float
+    gap: float
+    slower: float
+    rows: float
+    tokens_per_s: float
+    tokens_per_forward: float
+
+
+def steady(rounds: Sequence[RoundSummary], drafts: Sequence[DraftSummary], batch: int) -> Rounds | None:
+    """Of rounds in which ``batch`` sequences decoded, each followed at once by another such."""
+    by_round = {draft.round: draft for draft in drafts}
+    found, tokens, seconds = [], 0, 0.0
+    for before, this in itertools.pairwise(rounds):
+        ids = [sequence.seq_id for sequence in this.sequences]
+        if len(ids) != batch or ids != [sequence.seq_id for sequence in before.sequences]:
+            continue
+        if this.round != before.round + 1 or this.num_target_rows > 2 * sum(len(s.drafted) + 1 for s in this.sequences):
+            continue  # a prompt is being fed
+        draft = by_round.get(this.round)
+        drafting = draft.forward_s + draft.advance_s if draft is not None and draft.num_steps > 1 else 0.0
+        period = this.finished - before.finished
+        found.append((period, this.forward_s, drafting, this.wait_s, this.gap_s, this.num_target_rows))
+        tokens += sum(s.num_accepted + (s.token >= 0) for s in this.sequences)
+        seconds += period
+    if len(found) < 4:
+        return None
+    period, target, drafting, wait, gap, rows = (statistics.median(column) for column in zip(*found, strict=True))
+    slower = statistics.median(p / max(t, d) for p, t, d, *_ in found)
+    per_forward = tokens / (len(found) * batch)
+    milliseconds = (1e3 * value for value in (period, target, drafting, wait, gap))
+    return Rounds(len(found), *milliseconds, slower, rows, tokens / seconds, per_forward)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy, read plus written."""
+    size = 1 << 30 if device.type == "cuda" else 1 << 26
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / fastest(lambda: target.copy_(source), device)
+
+
+def fastest(call: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
+    """Seconds of the fastest call."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def prompts_of(args: argparse.Namespace, engine: PearlEngine, count: int) -> list[list[int]]:
+    """``count`` prompts; the file's, again from its start where it has fewer."""
+    prompts = read_prompts(args.prompts, count, engine.tokenizer)
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def engine_of(args: argparse.Namespace, mode: str, batch: int) -> PearlEngine:
+    """An engine of the two models."""
+    config = PearlConfig(
+        target_model=args.target,
+        draft_model=args.draft,
+        mode=mode,
+        device=args.device,
+        dtype=args.dtype,
+        colocate=args.colocate,
+        target_tensor_parallel_size=args.target_tp,
+        draft_tensor_parallel_size=args.draft_tp,
+        num_speculative_tokens=args.window or "auto",
+        max_model_len=args.max_model_len,
+        max_num_seqs=batch,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+    )
+    return PearlEngine(config)
+
+
+def correctness(args: argparse.Namespace, engine: PearlEngine, batch: int) -> dict[str, object]:
+    """PEARL against AR: texts that part, and whether the target's top two were within rounding where they did."""
+    prompts = prompts_of(args, engine, batch)
+    params = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
+    pearl = engine.generate(prompts, params)
+    alone = dataclasses.replace(params, num_speculative_tokens=0)
+    ar = engine.generate(prompts, alone)
+    rated = engine.generate(prompts, dataclasses.replace(alone, logprobs=2))
+    same = parted = unexplained = agreeing = 0
+    for one, other, gaps in zip(pearl, ar, rated, strict=True):
+        at = _parting(one, other)
+        agreeing += args.tokens if at is None else at
+        if at is None:
+            same += 1
+            continue
+        parted += 1
+        gap = _gap(gaps, at, one)
+        explained = gap is not None and gap < ROUNDING
+        unexplained += not explained
+        said = "the rated run parted before" if gap is None else f"log-probabilities {gap:.4f} apart"
+        print(f"  token {at} differs: {said}{'' if explained else '  NOT EXPLAINED'}")
+    print(f"correctness, batch {batch}: {same} texts equal, {parted} part, {unexplained} unexplained")
+    return {"batch": batch, "equal": same, "parted": parted, "unexplained": unexplained, "tokens_equal": agreeing}
+
+
+def _parting(one: RequestOutput, other: RequestOutput) -> int | None:
+    pairs = zip(one.outputs[0].token_ids, other.outputs[0].token_ids, strict=True)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+
+
+def _gap(rated: RequestOutput, at: int, one: RequestOutput) -> float | None:
+    """The top two's distance at ``at`` in the rated run, if its text is the same up to there."""
+    output = rated.outputs[0]
+    if list(output.token_ids[:at]) != list(one.outputs[0].token_ids[:at]) or output.logprobs is None:
+        return None
+    best = sorted((entry.logprob for entry in output.logprobs[at].values()), reverse=True)
+    return best[0] - best[1]
+
+
+def rounds(args: argparse.Namespace, engine: PearlEngine, mode: str, batch: int) -> dict[str, Rounds]:
+    """The engine's mode and AR at one batch size, in one engine: AR is a window of 0."""
+    prompts = prompts_of(args, engine, batch)
+    found = {}
+    for name, window in ((mode, None), ("ar", 0)):
+        params = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True, num_speculative_tokens=window)
+        engine.generate(prompts, params)  # the prefix cache and the window's choice settle
+        before = {r.round for r in ray.get(engine.coordinator.rounds.remote())[0]}
+        engine.generate(prompts, params)
+        target, draft = ray.get(engine.coordinator.rounds.remote())
+        result = steady([r for r in target if r.round not in before], draft, batch)
+        if result is not None:
+            found[name] = result
+    return found
+
+
+def print_rounds(batch: int, found: dict[str, Rounds], step_bytes: int, bandwidth: float) -> None:
+    """A line per mode, and what the issue's bars are made of."""
+    for name, r in found.items():
+        print(
+            f"{batch:>5} {name:>5} {r.count:>6} {r.rows:>5.0f} {r.period:>9.3f} {r.target:>9.3f} {r.draft:>9.3f} "
+            f"{r.wait:>8.3f} {1e3 * r.gap:>8.1f} {r.slower:>8.3f} {r.tokens_per_s:>9.1f} {r.tokens_per_forward:>8.3f}"
+        )
+    if "ar" in found:
+        share = step_bytes / bandwidth / (found["ar"].period / 1e3)
+        print(f"      AR step: weight bytes / copy bandwidth over its time {share:.3f}")
+    for name, r in found.items():
+        if name != "ar" and "ar" in found:
+            speedup = r.tokens_per_s / found["ar"].tokens_per_s
+            print(
+                f"      {name} / AR tokens/s {speedup:.3f} = {speedup / r.tokens_per_forward:.3f} x tokens per forward"
+            )
+
+
+def pieces(args: argparse.Namespace, bandwidth: float) -> list[dict[str, object]]:
+    """Passes and draft steps alone, on one device, in this process."""
+    device = torch.device("cuda:0" if args.device == "cuda" else "cpu")
+    cache_dir = env.cache_dir()
+    models = open_models(args.target, args.draft, str(cache_dir), with_draft=True)
+    batches = [int(b) for b in args.batches.split(",")]
+    results: list[dict[str, object]] = []
+    for role in ("target", "draft"):
+        group = SingleGroup()
+        backend = "triton" if device.type == "cuda" else "torch"
+        model = load_model(
+            target_model=args.target,
+            draft_model=args.draft,
+            cache_dir=str(cache_dir),
+            role=role,
+            rank=0,
+            group=group,
+            dtype=args.dtype if args.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32"),
+            device=device,
+            attention_backend=backend,
+            block_size=16,
+            on_layer_loaded=lambda done, total: None,
+        )
+        widest = max(batches)
+        per_sequence = -(-(CONTEXT + 32) // 16)
+        cache = model.make_cache(per_sequence * widest, 16)
+        parts = make_parts(
+            role,
+            model.transformer,
+            cache,
+            group,
+            block_size=16,
+            num_valid=models.num_valid[role],
+            max_num_seqs=widest,
+            max_model_len=per_sequence * 16,
+            max_window=32,
+            use_graphs=can_capture(group, backend, enforce_eager=False),
+        )
+        tables = [list(range(per_sequence * i, per_sequence * (i + 1))) for i in range(widest)]
+        with torch.inference_mode():
+            if role == "target":
+                results += _verification(parts, tables, batches, device)
+            else:
+                results += _drafting(parts, tables, batches, device)
+        del model, cache, parts
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for result in results:
+        print("      " + ", ".join(f"{name} {value}" for name, value in result.items()))
+    print(f"      copy bandwidth {bandwidth / 1e12:.3f} TB/s")
+    return results
+
+
+def _verification(
+    parts: DeviceParts, tables: list[list[int]], batches: list[int], device: torch.device
+) -> list[dict[str, object]]:
+    results = []
+    for batch in batches:
+        alone = 0.0
+        for width in (1, 4, 8, 16):
+            if batch * width > parts.runner.max_rows:
+                continue
+            entries = [Entry([0] * width, CONTEXT, tables[i], width, i) for i in range(batch)]
+            parts.runner.capture([parts.runner.shape(batch * width, batch, width)])
+            seconds = fastest(lambda entries=entries: parts.runner.logits(entries), device)
+            alone = alone or seconds
+            results.append(
+                {"target pass, batch": batch, "tokens each": width, "ms": round(1e3 * seconds, 3)}
+                | {"over one token": round(seconds / alone, 3)}
+            )
+    return results
+
+
+def _drafting(
+    parts: DeviceParts, tables: list[list[int]], batches: list[int], device: torch.device
+) -> list[dict[str, object]]:
+    results = []
+    steps = parts.steps
+    assert steps is not None
+    for batch in batches:
+        parts.runner.capture([parts.runner.shape(batch, batch, 1)])
+        steps.capture([batch])
+        first = [Entry([0], CONTEXT, tables[i], 1, i) for i in range(batch)]
+        for temperature in (0.0, 1.0):
+            row = Row(SamplingParams(temperature=temperature), 1, 0, CONTEXT + 1)
+
+            def window(limit: int, first: list[Entry] = first, row: Row = row) -> None:
+                steps.write(first, [Writer(i, tables[i], row, limit, False) for i in range(len(first))])
+
+            one, several = (fastest(lambda limit=limit: window(limit), device) for limit in (1, 9))
+            each = round(1e3 * (several - one) / 8, 3)
+            result = {"draft step, batch": batch, "temperature": temperature, "ms": each}
+            results.append(result | {"window of one ms": round(1e3 * one, 3)})
+    return results
+
+
+def step_bytes(args: argparse.Namespace) -> int:
+    """Bytes of the target's weights that a decoding step reads: all but an embedding that isn't the head too."""
+    from pearl_ray.model.source import open_source
+
+    source = open_source(args.target)
+    names = [n for n in source.names() if n != "model.embed_tokens.weight" or source.config.tie_word_embeddings]
+    return sum(source.stored_bytes(name) for name in names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--draft", required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--window", type=int, help="tokens the draft makes per round; default: chosen by the engine")
+    parser.add_argument("--only", default="correctness,rounds,pieces")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--target-tp", type=int, default=1)
+    parser.add_argument("--draft-tp", type=int, default=1)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--colocate", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    only, batches = args.only.split(","), [int(b) for b in args.batches.split(",")]
+    device = torch.device(args.device)
+    bandwidth, read = copy_bandwidth(device), step_bytes(args)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}; copy {bandwidth / 1e12:.3f} TB/s; a step reads {read / 1e9:.2f} GB")
+    report: dict[str, object] = {"device": name, "torch": torch.__version__, "bandwidth": bandwidth, "bytes": read}
+    for mode in ("pearl", "sd"):
+        wanted = {"correctness", "rounds"} if mode == "pearl" else {"sd"}
+        if not wanted & set(only):
+            continue
+        with engine_of(args, mode, max(batches)) as engine:
+            if mode == "pearl" and "correctness" in only:
+                report["correctness"] = [correctness(args, engine, batch) for batch in batches]
+            if mode == "sd" or "rounds" in only:
+                print(HEAD)
+                for batch in batches:
+                    found = rounds(args, engine, mode, batch)
+                    print_rounds(batch, found, read, bandwidth)
+                    report[f"{mode} {batch}"] = {key: value._asdict() for key, value in found.items()}
+    if "pieces" in only:
+        report["pieces"] = pieces(args, bandwidth)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The rounds that GPUs run, with torch in the kernels' place: the same text as the host's rounds, with fewer waits.
+
+Float64, no exception excused, but for temperatures: the device holds them as float32, so those here are exact in both.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from pearl_ray.actors.device import profile
+from pearl_ray.actors.device_target import DeviceTargetLoop
+from pearl_ray.core.params import SamplingParams, StructuredOutputsParams
+from tests.local_engine import LocalEngine
+
+PROMPTS = ["Once upon a time", "The 3 foxes ran.", "a", "What is it, then? No one can tell 1 from 2.", "hello hello"]
+NUM_TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_dirs):
+    with LocalEngine(tiny_dirs, mode="ar") as engine:
+        return [engine.models.tokenizer.encode(text) for text in PROMPTS]
+
+
+def texts(engine: LocalEngine, prompts, params) -> list[list[int]]:
+    found = [request.answers[0].token_ids for request in engine.generate(prompts, params)]
+    assert all(pool.num_free == pool.num_blocks for pool in engine.pools)
+    return found
+
+
+def answers(dirs, prompts, params, **options) -> list[list[int]]:
+    with LocalEngine(dirs, **options) as engine:
+        return texts(engine, prompts, params)
+
+
+def plain(temperature: float = 0.0) -> list[SamplingParams]:
+    return [SamplingParams(temperature=temperature, seed=10 + i, max_tokens=NUM_TOKENS) for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mode", ["pearl", "sd", "ar"])
+@pytest.mark.parametrize(("draft_tp", "target_tp"), [(1, 1), (2, 3)])
+def test_the_devices_rounds_give_the_hosts_text(tiny_dirs, prompts, temperature, mode, draft_tp, target_tp):
+    params = plain(temperature)
+    expected = answers(tiny_dirs, prompts, params, mode="ar")
+    with LocalEngine(tiny_dirs, mode=mode, draft_tp=draft_tp, target_tp=target_tp, on_device=True) as engine:
+        assert texts(engine, prompts, params) == expected
+    for loop in engine.target_loops:  # they have ended
+        assert isinstance(loop, DeviceTargetLoop) and loop.verification is not None
+        verification = loop.verification
+        assert verification.num_advanced == loop.num_ahead == engine.target_loops[0].num_ahead
+        assert verification.num_waits == verification.num_filled + verification.num_advanced
+        assert (loop.num_ahead > 0) == (mode != "sd")
+
+
+@pytest.mark.parametrize("window", [1, 2, 8])
+def test_windows_of_every_length_run_ahead(tiny_dirs, prompts, window):
+    expected = answers(tiny_dirs, prompts, plain(0.5), mode="ar")
+    with LocalEngine(tiny_dirs, window=window, on_device=True) as engine:
+        assert texts(engine, prompts, plain(0.5)) == expected
+        assert engine.target_loops[0].num_ahead > 0
+
+
+def test_most_rounds_of_a_steady_batch_are_queued_ahead(tiny_dirs, prompts):
+    """More cache blocks, which come all the time, don't keep a round from being queued ahead."""
+    params = [SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)] * len(prompts)
+    expected = answers(tiny_dirs, prompts, params, mode="ar", num_blocks=128)
+    with LocalEngine(tiny_dirs, on_device=True, num_blocks=128) as engine:
+        assert texts(engine, prompts, params) == expected
+    verification = engine.target_loops[0].verification
+    assert verification.num_advanced > 3 * verification.num_filled
+
+
+def test_wishes_that_need_the_host_share_a_batch_with_those_that_dont(tiny_dirs, prompts):
+    params = [
+        SamplingParams(temperature=1.0, seed=1, max_tokens=NUM_TOKENS, frequency_penalty=0.5, repetition_penalty=1.5),
+        SamplingParams(temperature=0.5, seed=2, max_tokens=20, logprobs=3, prompt_logprobs=2),
+        SamplingParams(temperature=1.0, seed=3, max_tokens=NUM_TOKENS, top_k=5, top_p=0.5, min_tokens=10),
+        SamplingParams(
+            temperature=0.5,
+            seed=4,
+            max_tokens=NUM_TOKENS,
+            structured_outputs=StructuredOutputsParams(regex="[ab]{5,9}"),
+        ),
+        SamplingParams(temperature=1.0, seed=5, max_tokens=NUM_TOKENS, logit_bias={7: 3.0, 9: -2.0}),
+    ]
+    expected = answers(tiny_dirs, prompts, params, mode="ar")
+    for options in ({}, {"target_tp": 2}, {"draft_grammars": False, "mode": "sd"}):
+        with LocalEngine(tiny_dirs, on_device=True, **options) as engine:
+            assert texts(engine, prompts, params) == expected
+
+
+def test_filters_run_ahead_too(tiny_dirs, prompts):
+    params = [
+        SamplingParams(temperature=1.0, seed=i, max_tokens=NUM_TOKENS, top_k=k, top_p=p, min_p=m)
+        for i, (k, p, m) in enumerate([(5, 1.0, 0.0), (0, 0.75, 0.0), (0, 1.0, 0.125), (7, 0.5, 0.0625), (0, 1.0, 0.0)])
+    ]
+    expected = answers(tiny_dirs, prompts, params, mode="ar")
+    with LocalEngine(tiny_dirs, on_device=True) as engine:
+        assert texts(engine, prompts, params) == expected
+        assert engine.target_loops[0].num_ahead > 0
+
+
+@pytest.mark.parametrize("mode", ["pearl", "sd"])
+def test_the_rejection_rule_draws_what_the_hosts_rounds_draw(tiny_dirs, prompts, mode):
+    params = [
+        SamplingParams(temperature=1.0, seed=i, max_tokens=NUM_TOKENS, verification=rule, top_k=k)
+        for i, (rule, k) in enumerate(
+            [("rejection", 0), ("coupled", 0), ("rejection", 6), ("coupled", 4), ("rejection", 0)]
+        )
+    ]
+    expected = answers(tiny_dirs, prompts, params, mode=mode)
+    assert answers(tiny_dirs, prompts, params, mode=mode, on_device=True) == expected
+
+
+def test_preemption_among_rounds_queued_ahead_doesnt_change_the_text(tiny_dirs, prompts):
+    expected = answers(tiny_dirs, prompts, plain(), mode="ar")
+    with LocalEngine(tiny_dirs, num_blocks=26, block_size=4, max_num_batched_tokens=16, on_device=True) as engine:
+        assert texts(engine, prompts, plain()) == expected
+        assert engine.controller.statistics.preemptions > 0
+
+
+def test_a_passs_rows_are_bounded_by_what_is_free(tiny_dirs, prompts):
+    """A batch whose longest windows would not fit is never queued ahead."""
+    with LocalEngine(tiny_dirs, on_device=True) as engine:
+        for loop in engine.target_loops:
+            loop.free_rows = 3
+        assert texts(engine, prompts, plain()) == answers(tiny_dirs, prompts, plain(), mode="ar")
+        assert engine.target_loops[0].verification.num_filled > 0
+
+
+def test_sequences_that_come_and_go_give_their_place_on_the_device_back(tiny_dirs, prompts):
+    many = [prompts[i % len(prompts)] for i in range(20)]
+    params = [SamplingParams(temperature=0.0, max_tokens=6)] * len(many)
+    expected = answers(tiny_dirs, many, params, mode="ar")
+    assert answers(tiny_dirs, many, params, max_num_seqs=4, on_device=True) == expected
+
+
+def test_drafting_waits_once_per_window(tiny_dirs, prompts):
+    with LocalEngine(tiny_dirs, on_device=True) as engine:
+        texts(engine, prompts, plain())
+        [steps] = [loop.steps for loop in engine.draft_loops]
+        assert 0 < steps.num_waits < steps.num_steps / 2
+
+
+def test_the_costs_of_passes_and_steps_are_measured_for_every_size_there_is_room_for(tiny_dirs, prompts):
+    with LocalEngine(tiny_dirs, on_device=True) as engine:
+        texts(engine, prompts, plain())
+    seconds = {
+        role: profile(role, parts, 64, 32)
+        for role in ("draft", "target")
+        for parts in engine.device_parts
+        if (parts.steps is not None) == (role == "draft")
+    }
+    assert list(seconds["target"]) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert list(seconds["draft"]) == [1, 2, 4, 8, 16]  # max_num_seqs
+    assert all(value > 0 for table in seconds.values() for value in table.values())
