@@ -9,6 +9,9 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+KERNELS := $(VENV)/.triton
+# For the kernels' tests, under its interpreter. No extra: a torch for CUDA pins its own, each version another one.
+TRITON := triton==3.6.0
 
 .PHONY: help demo test test-slow test-browser test-gpu lint format clean
 help:
@@ -22,19 +25,23 @@ $(STAMP): setup.py constraints.txt .ci/make_venv.py
 	$(PYTHON) .ci/make_venv.py $(VENV) dev,serve,bench
 	@touch $@
 
+$(KERNELS): $(STAMP)
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q --no-deps $(TRITON) || \
+		echo "no Triton for this machine: the kernels' tests are left out"
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/pearl-ray demo
 
-test: $(STAMP)
+test: $(STAMP) $(KERNELS)
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(KERNELS)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-browser: $(STAMP)
 	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || \
 		{ echo "no Chromium: apt-get install chromium"; exit 1; }
-	$(BIN)/python -m pip install -q "playwright>=1.50"
 	$(BIN)/python -m pytest -m slow tests/unit/test_serving_page.py
 
 test-gpu: $(STAMP)

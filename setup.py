@@ -12,7 +12,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "pearl_ray" / "__init__.p
 assert VERSION is not None
 
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.7", "prometheus-client>=0.20", "sse-starlette>=2.1"]
-BENCH = ["matplotlib>=3.8", "scipy>=1.11", "openai>=1.40"]
+BENCH = ["matplotlib>=3.8", "scipy>=1.11", "openai>=1.40", "httpx>=0.27"]
 DEV = [
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -23,6 +23,8 @@ DEV = [
     "scipy>=1.11",
     "openai>=1.40",
     "jsonschema>=4.20",
+    "schemathesis>=4",
+    "playwright>=1.50",
 ]
 
 setup(

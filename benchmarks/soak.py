@@ -33,7 +33,8 @@ from pearl_ray.config import PearlConfig
 from pearl_ray.deployment import deploy, stop_deployment
 from pearl_ray.model.loading import model_path
 from pearl_ray.model.tokenizer import load_tokenizer
-from pearl_ray.serving.http_actor import find_http_actor, start_http_actor
+from pearl_ray.serving.http_actor import start_http_actor
+from pearl_ray.serving.http_handle import find_http_actor
 from pearl_ray.serving.settings import ServerSettings
 from tests.tiny import tiny_pair
 
@@ -52,6 +53,7 @@ LONG_TOKENS = 400  # of an answer that is to be hung up on
 REQUEST_TIMEOUT_S = 180.0
 FREED_WITHIN_S = 15.0
 SAMPLE_S = 1.0
+MINUTE_S = 60.0
 BASELINE_S = (60.0, 120.0)  # the second minute
 MEMORY_GROWTH = 1.10
 JUDGED_FROM_S = 180.0  # a shorter run is over before memory is level
@@ -232,12 +234,14 @@ class Memory:
         """Print start, middle and end; a long run must be level from its second minute on."""
         is_judged = duration >= JUDGED_FROM_S
         first, last = BASELINE_S if is_judged else (duration / 3, duration * 2 / 3)
-        print(f"\nRSS in MiB        start   {first:4.0f}-{last:.0f} s      end   growth since")
+        print(f"\nRSS in MiB        start  {MINUTE_S:3.0f} s   {first:4.0f}-{last:.0f} s      end   growth since")
         for role in self._processes:
             start = self.samples[0][1][role]
             middle = self.between(role, first, last)
+            minute = self.between(role, min(MINUTE_S, duration) - 5 * SAMPLE_S, MINUTE_S + 5 * SAMPLE_S)
             end = self.between(role, duration - max(duration / 20, 2 * SAMPLE_S), duration + SAMPLE_S)
-            print(f"{role:15} {start:7.1f} {middle:12.1f} {end:8.1f} {(end / middle - 1) * 100:+9.1f} %")
+            growth = (end / middle - 1) * 100
+            print(f"{role:15} {start:7.1f} {minute:7.1f} {middle:12.1f} {end:8.1f} {growth:+9.1f} %")
             if is_judged and end > MEMORY_GROWTH * middle:
                 failures.append(f"memory of the {role} grew from {middle:.1f} to {end:.1f} MiB")
         if not is_judged:
@@ -281,6 +285,7 @@ async def soak(url: str, pids: Mapping[str, int], num_streams: int, seconds: flo
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
         memory.sample(duration)
+        print(f"load of the machine (1, 5, 15 minutes): {os.getloadavg()} on {os.cpu_count()} processors", flush=True)
         print(
             f"{num_streams} streams for {duration:.0f} s: {tally.whole} whole, {tally.hung_up} hung up on, "
             f"{len(tally.failures)} lost or mixed, {tally.tokens / duration:.0f} tokens/s",

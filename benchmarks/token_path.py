@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -150,6 +151,7 @@ def main() -> None:
     if options.read is not None:
         print(asyncio.run(read_streams(options.read, options.endpoint, options.streams)))
         return
+    print(f"load of the machine (1, 5, 15 minutes): {os.getloadavg()} on {os.cpu_count()} processors")
     print(
         f"{options.endpoint}, {options.streams} streams, {options.rounds} rounds, limit {options.limit:g} us per token"
     )

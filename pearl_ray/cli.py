@@ -19,6 +19,7 @@ from pearl_ray.commands.collect_env import collect_env
 from pearl_ray.commands.demo import demo
 from pearl_ray.commands.generate import generate
 from pearl_ray.commands.options import DEBUG_KEY, debug_option, option_of
+from pearl_ray.commands.profile import profile
 from pearl_ray.commands.serve import serve
 from pearl_ray.commands.status import status, stop
 from pearl_ray.core.errors import ConfigError, PearlError
@@ -118,7 +119,7 @@ def cli() -> None:
     logging.basicConfig()
 
 
-for command in (serve, generate, chat, bench, demo, status, stop, collect_env):
+for command in (serve, generate, chat, bench, profile, demo, status, stop, collect_env):
     cli.add_command(command)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -273,6 +274,6 @@ def _whole(name: str, value: object, low: int, high: int | None, *, also: str = 
 
 
 def _number(name: str, value: object, high: float, *, what: str = "") -> None:
-    ok = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    if not ok or not 0.0 < value <= high:  # type: ignore[operator]
+    ok = not isinstance(value, bool) and isinstance(value, (int, float))
+    if not ok or not 0.0 < value <= min(high, sys.float_info.max):  # type: ignore[operator]
         raise ConfigError(name, value, what or f"a number in (0, {high:g}]")

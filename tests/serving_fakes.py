@@ -110,7 +110,7 @@ class FakeEngine:
                 self._put(request_id, index, part, origins[: len(part)], params, reason if at == len(text) else None)
             await asyncio.sleep(self.delay_s)
         outputs = [_answer(index, text, params, reason) for index in range(params.n)]
-        self._finish(request_id, prompt, outputs)
+        self._finish(request_id, prompt, params, outputs)
 
     def _put(
         self,
@@ -127,7 +127,9 @@ class FakeEngine:
         self._batch.updates.append(Update(request_id, index, ids, origins, text, reason, stop, logprobs))
         self._arrived.set()
 
-    def _finish(self, request_id: str, prompt: list[int], outputs: list[CompletionOutput]) -> None:
+    def _finish(
+        self, request_id: str, prompt: list[int], params: SamplingParams, outputs: list[CompletionOutput]
+    ) -> None:
         self.running.pop(request_id, None)
         metrics = RequestMetrics(num_target_forwards=4, tokens_per_target_forward=2.5, rounds={"pre_verify": 4})
         self._batch.finished.append(
@@ -139,6 +141,7 @@ class FakeEngine:
                 finished=True,
                 metrics=metrics,
                 seed=7,
+                prompt_logprobs=_prompt_logprobs(prompt, params),
             )
         )
         self._arrived.set()
@@ -199,6 +202,14 @@ def _logprobs(text: str, params: SamplingParams) -> list[dict[int, Logprob]] | N
         return None
     others = {ord("0") + i: Logprob(-2.0 - i, i + 2, str(i)) for i in range(params.logprobs - 1)}
     return [{ord(c): Logprob(-0.5, 1, c), **others} for c in text]
+
+
+def _prompt_logprobs(prompt: list[int], params: SamplingParams) -> list[dict[int, Logprob] | None] | None:
+    """Each token is the second likeliest; the likeliest is a tilde."""
+    if params.prompt_logprobs is None:
+        return None
+    tops = {ord("~"): Logprob(-0.25, 1, "~")} if params.prompt_logprobs else {}
+    return [None, *({token: Logprob(-1.0 - i, 2, chr(token)), **tops} for i, token in enumerate(prompt[1:]))]
 
 
 def wait_until(condition: Any, timeout_s: float = 5.0) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import click
 
-from pearl_ray.commands.console import figures, output_console
+from pearl_ray.commands.console import figures, output_console, progress_console
 from pearl_ray.commands.options import debug_option, option
 
 _ADDRESS = option("--ray-address", help="host:port of the Ray cluster.  [default: the Ray that runs here]")
@@ -72,14 +72,20 @@ def rows(found: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]
     "--shutdown-timeout",
     type=click.FloatRange(0.0, min_open=True),
     default=30.0,
-    help="Seconds that the shards get to finish their round and end; running requests are aborted.",
+    help="Seconds that running requests of a detached server get to end, and then the shards.",
 )
 @_ADDRESS
 @debug_option()
 def stop(name: str, shutdown_timeout: float, ray_address: str | None) -> None:
-    """Stop a deployment: end its actors and give back what they held."""
+    """Stop a deployment: take no new requests, let those that run end, then the actors; give back what they held."""
     from pearl_ray.deployment import stop_deployment
+    from pearl_ray.serving.http_handle import drain_http_actor, find_http_actor
 
     with _joined_ray(ray_address, name):
+        server = find_http_actor(name)
+        if server is not None:
+            remark = f"running requests have {shutdown_timeout:g} s to end …"
+            progress_console().print(remark, markup=False)
+            drain_http_actor(server, shutdown_timeout)
         stop_deployment(name, timeout_s=shutdown_timeout)
     output_console().print(f"stopped {name!r}", markup=False)

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+_QUOTED_CHARS = 200
+
+
+def quoted(value: object) -> str:
+    """The value as a message shows it: on one line, and only its start where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no int of more than 4,300 digits
+        text = f"({type(value).__name__} too long to be written)"
+    return text if len(text) <= _QUOTED_CHARS else f"{text[: _QUOTED_CHARS - 1]}…"
+
 
 class PearlError(Exception):
     """Base of all errors that pearl-ray raises on purpose; the CLI prints it as one line and exits with 2."""
@@ -11,7 +22,7 @@ class ConfigError(PearlError, ValueError):
     """A bad value of a configuration or request field: names the field, the value and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"{field}={value!r} is not allowed: {allowed}")
+        super().__init__(f"{field}={quoted(value)} is not allowed: {allowed}")
         self.field, self.value, self.allowed = field, value, allowed
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str]]:

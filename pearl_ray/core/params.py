@@ -22,6 +22,7 @@ class StructuredOutputsParams:
         json_object: the answer is a JSON object, of any shape.
         regex: the whole answer matches it (Rust's syntax: no look-around, no back-references).
         choice: the answer is one of these strings.
+        grammar: the whole answer is a sentence of this grammar, in Lark's syntax as llguidance reads it.
 
     Raises:
         ConfigError: naming the field, its value and what is allowed. Whether a schema or regex can be followed is
@@ -32,14 +33,17 @@ class StructuredOutputsParams:
     json_object: bool = False
     regex: str | None = None
     choice: tuple[str, ...] | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.json_object, bool):
             raise ConfigError("json_object", self.json_object, "True or False")
-        given = [name for name in ("json", "regex", "choice") if getattr(self, name) is not None]
+        given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
         if len(given) + self.json_object != 1:
             found = ", ".join(given + ["json_object"] * self.json_object) or None
-            raise ConfigError("structured_outputs", found, "exactly one of json, json_object, regex and choice")
+            raise ConfigError(
+                "structured_outputs", found, "exactly one of json, json_object, regex, choice and grammar"
+            )
         if self.json is not None:
             object.__setattr__(self, "json", _as_schema_text(self.json))
         if self.regex is not None and not (isinstance(self.regex, str) and self.regex and _is_unicode(self.regex)):
@@ -49,6 +53,10 @@ class StructuredOutputsParams:
             if not choice or any(not isinstance(c, str) or not c or not _is_unicode(c) for c in choice):
                 raise ConfigError("choice", _brief(self.choice), "a list of one or more non-empty strings")
             object.__setattr__(self, "choice", choice)
+        if self.grammar is not None and not (
+            isinstance(self.grammar, str) and self.grammar and _is_unicode(self.grammar)
+        ):
+            raise ConfigError("grammar", _brief(self.grammar), "the text of a Lark grammar")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

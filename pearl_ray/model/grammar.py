@@ -161,6 +161,8 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
     """llguidance's own text for what is wanted."""
     if wanted.regex is not None:
         return LLMatcher.grammar_from_regex(wanted.regex)
+    if wanted.grammar is not None:
+        return LLMatcher.grammar_from_lark(wanted.grammar)
     if wanted.choice is not None:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in wanted.choice))
     schema = wanted.json if wanted.json is not None else {"type": "object"}
@@ -169,7 +171,7 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
 
 def _field(wanted: StructuredOutputsParams) -> tuple[str, str]:
     """The field that is set and its value, cut for a message."""
-    field = next(name for name in ("json", "regex", "choice", "json_object") if getattr(wanted, name))
+    field = next(name for name in ("json", "regex", "choice", "grammar", "json_object") if getattr(wanted, name))
     text = str(getattr(wanted, field))
     return field, text if len(text) <= 80 else f"{text[:79]}…"
 

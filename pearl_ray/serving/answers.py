@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -27,6 +28,30 @@ SEND_TIMEOUT_S = 60.0  # a client that takes nothing for so long is gone
 _encode = msgspec.json.Encoder().encode
 
 Candidates = Sequence[Mapping[int, Logprob]]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The chunks of one stream: ``kind`` is what ``object`` says, ``created`` in seconds since 1970."""
+
+    id: str
+    kind: str
+    created: int
+    model: str
+
+    def chunk(self, *choices: Mapping[str, Any]) -> dict[str, Any]:
+        """One of them."""
+        return {
+            "id": self.id,
+            "object": self.kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": list(choices),
+        }
+
+    def last(self, usage: Usage) -> dict[str, Any]:
+        """The one behind all choices."""
+        return {**self.chunk(), "usage": usage.model_dump(exclude_none=True)}
 
 
 def usage_of(outputs: Sequence[RequestOutput], with_speculation: bool) -> Usage:
@@ -92,15 +117,35 @@ class Pieces:
 # -- log-probabilities ----------------------------------------------------------------------------------------------
 
 
-def completion_logprobs(entries: Candidates, num_top: int, offset: int) -> dict[str, Any]:
-    """As the completions API writes them; ``offset``: characters of the tokens' texts before these."""
-    tokens, logprobs, tops, offsets = [], [], [], []
+def completion_logprobs(
+    entries: Sequence[Mapping[int, Logprob] | str], num_top: int, offset: int, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """As the completions API writes them.
+
+    Args:
+        entries: per token its candidates, itself first, or the text of one that has no probability: a prompt's first.
+        offset: characters of the tokens' texts before these.
+    """
+    tokens: list[str] = []
+    logprobs: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
+    offsets: list[int] = []
     for entry in entries:
-        chosen = next(iter(entry.values()))
-        text = chosen.decoded_token or ""
+        if isinstance(entry, str):
+            text = entry
+            logprobs.append(None)
+            tops.append(None)
+        else:
+            top: dict[str, float] = {}
+            for token, one in entry.items():
+                written = one.decoded_token or tokenizer.decode([token], False)
+                logprob = _finite(one.logprob)
+                if not top:
+                    text = written
+                    logprobs.append(logprob)
+                top[written] = max(logprob, top.get(written, logprob))  # several ids may be written alike
+            tops.append(top)
         tokens.append(text)
-        logprobs.append(_finite(chosen.logprob))
-        tops.append({one.decoded_token or "": _finite(one.logprob) for one in entry.values()})
         offsets.append(offset)
         offset += len(text)
     return {

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pearl_ray.serving.answers import EventStream, Pieces, chat_logprobs, prompt_logprobs, usage_of
+from pearl_ray.serving.answers import Chunks, EventStream, Pieces, chat_logprobs, prompt_logprobs, usage_of
 from pearl_ray.serving.completions import CLIENT_CLOSED_REQUEST
 from pearl_ray.serving.errors import ApiError
 from pearl_ray.serving.generation import ClientGoneError, Generation, Services, unless_client_goes
@@ -114,8 +114,8 @@ class _Writer:
     def __init__(
         self, services: Services, generation: Generation, body: ChatCompletionRequest, name: str, use: ToolUse | None
     ) -> None:
-        self._generation, self._body, self._name, self._use = generation, body, name, use
-        self._created = services.now()
+        self._generation, self._body, self._use = generation, body, use
+        self._chunks = Chunks(generation.id, "chat.completion.chunk", services.now(), name)
         self._tokenizer = services.model().tokenizer
 
     def _pieces(self) -> Pieces:
@@ -147,18 +147,8 @@ class _Writer:
                 )
             )
         usage = usage_of([output], bool(body.include_speculation))
-        return ChatCompletion(
-            id=self._generation.id, created=self._created, model=self._name, choices=choices, usage=usage
-        )
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._generation.id,
-            "object": "chat.completion.chunk",
-            "created": self._created,
-            "model": self._name,
-            "choices": choices,
-        }
+        head = self._chunks
+        return ChatCompletion(id=head.id, created=head.created, model=head.model, choices=choices, usage=usage)
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """A chunk per round and choice; the first of each choice names the role."""
@@ -194,7 +184,6 @@ class _Writer:
                     )
                 elif not delta and update.finish_reason is None and not update.logprobs:
                     continue
-                yield self._chunk([choice])
+                yield self._chunks.chunk(choice)
         if body.wants_usage:
-            usage = usage_of(self._generation.finished(), bool(body.include_speculation))
-            yield {**self._chunk([]), "usage": usage.model_dump(exclude_none=True)}
+            yield self._chunks.last(usage_of(self._generation.finished(), bool(body.include_speculation)))

@@ -11,7 +11,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from pearl_ray.core.errors import ConfigError, EngineDeadError, PearlError, QueueFullError, RequestRefusedError
+from pearl_ray.core.errors import (
+    ConfigError,
+    EngineDeadError,
+    PearlError,
+    QueueFullError,
+    RequestRefusedError,
+    quoted,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +103,8 @@ def invalid_body(errors: Sequence[Mapping[str, object]]) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, "the request body is not valid JSON", code="invalid_json")
     where = f"{param}: " if param else ""
-    return ApiError(400, f"{where}{first['msg']}", param=param, code="invalid_value")
+    found = f", not {quoted(first['input'])}" if param and first["type"] != "missing" else ""
+    return ApiError(400, f"{where}{first['msg']}{found}", param=param, code="invalid_value")
 
 
 def _names_a_type(part: object) -> bool:

@@ -83,6 +83,8 @@ class Generation:
         params: SamplingParams,
         kind: str,
         log: MutableMapping[str, object],
+        began: float | None,
+        is_measured: bool,
     ) -> None:
         self.id = f"{kind}-{uuid.uuid4().hex}"
         self.prompts, self.params = prompts, params
@@ -91,10 +93,11 @@ class Generation:
         self._request_ids = [f"{self.id}-{index}" for index in range(len(prompts))]
         self._first_choice = {request_id: i * params.n for i, request_id in enumerate(self._request_ids)}
         self._stream: Stream | None = None
-        self._began = time.monotonic()
+        self.began = time.monotonic() if began is None else began
         self._last: dict[int, float] = {}  # choice -> when its newest tokens came
         self._num_tokens = 0
         self._closed = False
+        self._is_measured = is_measured
         self._log = log
         log.update(request_id=self.id, prompt_tokens=sum(map(len, prompts)))
 
@@ -106,13 +109,21 @@ class Generation:
         params: SamplingParams,
         kind: str,
         log: MutableMapping[str, object],
+        *,
+        began: float | None = None,
+        is_measured: bool = True,
     ) -> Generation:
-        """Submit it; ``log``: what will be said of it in the log.
+        """Submit it.
+
+        Args:
+            log: what will be said of it in the log.
+            began: since when latencies are counted (``time.monotonic()``); None: since now.
+            is_measured: whether they are counted at all.
 
         Raises:
             ApiError, PearlError: nothing was started.
         """
-        generation = cls(services, prompts, params, kind, log)
+        generation = cls(services, prompts, params, kind, log, began, is_measured)
         services.gate.enter()
         try:
             generation._stream = await services.backend.submit(generation._request_ids, prompts, params)
@@ -132,7 +143,8 @@ class Generation:
                 self._observe(choice, len(update.token_ids), now)
             if updates:
                 yield updates
-        self._services.metrics.e2e_latency.observe(time.monotonic() - self._began)
+        if self._is_measured:
+            self._services.metrics.e2e_latency.observe(time.monotonic() - self.began)
 
     async def results(self) -> list[RequestOutput]:
         """The finished outputs, one per prompt."""
@@ -148,10 +160,12 @@ class Generation:
         if not num_tokens:
             return
         self._num_tokens += num_tokens
+        if not self._is_measured:
+            return
         metrics = self._services.metrics
         last = self._last.get(choice)
         if not self._last:
-            metrics.time_to_first_token.observe(now - self._began)
+            metrics.time_to_first_token.observe(now - self.began)
         if last is not None:
             for _ in range(num_tokens):
                 metrics.inter_token_latency.observe((now - last) / num_tokens)

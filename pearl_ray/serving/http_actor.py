@@ -1,7 +1,8 @@
 """The HTTP server of a detached deployment: a Ray actor around `HttpServer` that lives as long as the coordinator.
 
-It runs on the node where ``pearl-ray serve --detach`` was typed, so that ``--host`` means that node. It needs no word
-from ``pearl-ray stop``: the coordinator's end, whatever its reason, ends the streams with an error and then the actor.
+It runs on the node where ``pearl-ray serve --detach`` was typed, so that ``--host`` means that node. ``pearl-ray stop``
+drains it first; where nobody did, the coordinator's end, whatever its reason, ends the streams with an error and then
+the actor.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pearl_ray.actors.handles import find_coordinator, namespace_of
 from pearl_ray.core.errors import DeploymentNotFoundError, PearlError
 from pearl_ray.serving.backend import Model, RayEngine, Tokenizer
+from pearl_ray.serving.http_handle import HTTP_SERVER, find_http_actor
 from pearl_ray.serving.logs import configure_logging
 from pearl_ray.serving.server import HttpServer, bind
 from pearl_ray.serving.settings import ServerSettings
 
-HTTP_SERVER = "pearl-http"
 LINGER_S = 3.0  # after a failure of the coordinator: time for clients and probes to read why
 GONE_TIMEOUT_S = 10.0
 
@@ -108,14 +109,6 @@ def start_http_actor(name: str, settings: ServerSettings, host: str, port: int, 
         ) from error
     actor.run.remote()
     return url
-
-
-def find_http_actor(name: str) -> ActorHandle[Any] | None:
-    """The HTTP server of a detached deployment, or None."""
-    try:
-        return ray.get_actor(HTTP_SERVER, namespace=namespace_of(name))
-    except ValueError:
-        return None
 
 
 def _await_gone(name: str) -> None:

@@ -36,7 +36,13 @@ _TEMPLATE_ARGUMENTS = frozenset(
 
 
 def encode_now(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text."""
+    """Token ids of a text.
+
+    Raises:
+        ApiError: (400) it has a lone surrogate, which JSON can hold and UTF-8 can't.
+    """
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise ApiError(400, "the text has half of a surrogate pair, which is no character", code="invalid_value")
     return tokenizer.encode(text, add_special_tokens)
 
 
@@ -62,6 +68,17 @@ async def encode_prompts(
         ids = await encode(tokenizer, one, add_special_tokens) if isinstance(one, str) else list(one)  # type: ignore[arg-type]
         encoded.append(ids)
     return encoded
+
+
+def texts_of_prompts(
+    tokenizer: Tokenizer, prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+) -> list[str]:
+    """The prompts as they are echoed: a text as it came, ids as the text that they spell, special tokens included."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and isinstance(prompt[0], int):
+        return [tokenizer.decode(prompt, False)]  # type: ignore[arg-type]
+    return [one if isinstance(one, str) else tokenizer.decode(one, False) for one in prompt]  # type: ignore[arg-type]
 
 
 async def render_chat(

@@ -57,8 +57,8 @@ class Choice(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None = None
+    token_logprobs: list[float | None] = Field(description="null: the first token of an echoed prompt.")
+    top_logprobs: list[dict[str, float] | None] | None = None
     text_offset: list[int]
 
 

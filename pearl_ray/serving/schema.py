@@ -40,6 +40,7 @@ class StructuredOutputs(Body):
     json_object: bool | None = None
     regex: str | None = None
     choice: Annotated[list[str], Field(max_length=MAX_IDS)] | None = None
+    grammar: str | None = Field(None, description="In Lark's syntax, as llguidance reads it.")
 
 
 class SamplingFields(Body):
@@ -77,14 +78,18 @@ class SamplingFields(Body):
     )
 
     def sampling(
-        self, max_tokens: int | None, logprobs: int | None, structured: StructuredOutputsParams | None
+        self,
+        max_tokens: int | None,
+        logprobs: int | None,
+        structured: StructuredOutputsParams | None,
+        **others: int | None,
     ) -> SamplingParams:
-        """The engine's parameters; ``null`` is the default of each.
+        """The engine's parameters; ``null`` is the default of each, ``others`` come before the fields.
 
         Raises:
             ConfigError: values that don't go together.
         """
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None} | others
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, structured_outputs=structured, **given)
 
     def check(self) -> None:
@@ -126,12 +131,17 @@ class CompletionRequest(SamplingFields):
     """Body of ``POST /v1/completions``."""
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: int | None = Field(16, ge=1, lt=2**31)
+    max_tokens: int | None = Field(16, ge=0, lt=2**31, description="0: only with `echo`; nothing is generated.")
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool | None = Field(None, description="The prompt stands before the answer, its `logprobs` too.")
     add_special_tokens: bool = True
     best_of: int | None = None
-    echo: bool | None = None
     suffix: str | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens may be 0 only with echo: true", param="max_tokens", code="invalid_value")
 
 
 class TextPart(Body):

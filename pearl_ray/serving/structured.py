@@ -13,7 +13,7 @@ from pearl_ray.core.params import StructuredOutputsParams
 from pearl_ray.serving.errors import ApiError
 from pearl_ray.serving.schema import ResponseFormat, StructuredOutputs
 
-_FIELDS = frozenset(["json", "json_object", "regex", "choice", "structured_outputs"])
+_FIELDS = frozenset(["json", "json_object", "regex", "choice", "grammar", "structured_outputs"])
 
 
 def of_response_format(wanted: ResponseFormat | None) -> StructuredOutputsParams | None:
@@ -41,7 +41,11 @@ def of_structured_outputs(wanted: StructuredOutputs | None) -> StructuredOutputs
         return None
     choice = tuple(wanted.choice) if wanted.choice is not None else None
     return StructuredOutputsParams(
-        json=wanted.json_, json_object=bool(wanted.json_object), regex=wanted.regex, choice=choice
+        json=wanted.json_,
+        json_object=bool(wanted.json_object),
+        regex=wanted.regex,
+        choice=choice,
+        grammar=wanted.grammar,
     )
 
 

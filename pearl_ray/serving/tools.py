@@ -1,7 +1,7 @@
 """What a chat request wants of tools: how they're told to the model, how a call is forced, which parser reads it.
 
-A model whose chat template knows tools is told by it; any other by a system message in Qwen's words. A forced call is
-held to a JSON schema of name and arguments, so that it always parses.
+A model whose chat template knows tools is told by it; any other by a system message in Qwen's words. What calls are
+held to is made by `call_grammars`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pearl_ray.core.errors import RequestRefusedError
 from pearl_ray.core.params import StructuredOutputsParams
 from pearl_ray.serving.backend import Tokenizer
+from pearl_ray.serving.call_grammars import ARGUMENTS, NO_ARGUMENTS, Form, calls_alone, parameters_of, text_or_calls
 from pearl_ray.serving.errors import ApiError
 from pearl_ray.serving.schema import ChatCompletionRequest, FunctionDefinition, Message, NamedToolChoice
 from pearl_ray.serving.settings import ToolCallParser
 from pearl_ray.serving.tool_parsers import HERMES_CLOSE, HERMES_OPEN, HermesParser, LlamaParser, Parser
 
-Form = Literal["hermes", "llama3_json"]
-ARGUMENTS: dict[Form, str] = {"hermes": "arguments", "llama3_json": "parameters"}
-
 _PROBE = "pearl_ray_probe"
-_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _TOLD: dict[Form, str] = {
     "hermes": (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -54,7 +51,7 @@ class Dialect:
 
 def dialect_of(tokenizer: Tokenizer, chosen: ToolCallParser) -> Dialect:
     """Found out by what the template makes of a tool; ``chosen``: the form, or "auto"."""
-    tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": _NO_ARGUMENTS}}
+    tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": NO_ARGUMENTS}}
     try:
         text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tools=[tool])
     except RequestRefusedError:  # no template, or one that has no place for tools
@@ -70,7 +67,12 @@ def dialect_of(tokenizer: Tokenizer, chosen: ToolCallParser) -> Dialect:
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """The tools of one request that may be called; ``forced``: one of them must be."""
+    """The tools of one request that may be called.
+
+    Attributes:
+        forced: one of them must be.
+        several: an answer may have more than one call.
+    """
 
     functions: tuple[FunctionDefinition, ...]
     forced: bool
@@ -79,8 +81,15 @@ class ToolUse:
 
     @property
     def grammar(self) -> StructuredOutputsParams | None:
-        """What the answer is held to; raises ``ConfigError`` if a function's parameters can't be JSON."""
-        return StructuredOutputsParams(json=_schema_of(self.functions, ARGUMENTS[self.form])) if self.forced else None
+        """What the answer is held to; raises ``ConfigError`` if a function's parameters can't be JSON.
+
+        Where the model may choose and no function is strict, it is held to nothing.
+        """
+        if self.forced:
+            return calls_alone(self.functions, self.form, several=self.several)
+        if any(function.strict for function in self.functions):
+            return text_or_calls(self.functions, self.form, several=self.several)
+        return None
 
     @property
     def prompt_end(self) -> str:
@@ -123,53 +132,15 @@ def tool_use(body: ChatCompletionRequest, dialect: Dialect) -> ToolUse | None:
         functions = [function for function in functions if function.name == choice.function.name]
         if not functions:
             raise _bad("tool_choice", f"names {choice.function.name!r}, which is none of tools")
-    strict = next((function.name for function in functions if function.strict), None)
-    if strict is not None and not forced:
-        raise _bad("tools", f"strict: true (of {strict!r}) is only kept where tool_choice is required or a function")
     if dialect.form is None:
         what = "the form in which this model calls them isn't known; start the server with --tool-call-parser"
         raise ApiError(400, f"tools: {what}", param="tools", code="unsupported_parameter")
-    return ToolUse(tuple(functions), forced, dialect.form, body.parallel_tool_calls is not False)
+    several = body.parallel_tool_calls is not False and not isinstance(choice, NamedToolChoice)
+    return ToolUse(tuple(functions), forced, dialect.form, several)
 
 
 def _bad(param: str, what: str) -> ApiError:
     return ApiError(400, f"{param}: {what}", param=param, code="invalid_value")
-
-
-def _schema_of(functions: Sequence[FunctionDefinition], key: str) -> dict[str, Any]:
-    """A JSON schema of one call of one of the functions. Their own schemas keep their inner references."""
-    calls, homes = [], {}
-    for index, function in enumerate(functions):
-        home = f"#/$defs/tool{index}"
-        homes[f"tool{index}"] = _moved(_parameters(function), home)
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": function.name}, key: {"$ref": home}},
-                "required": ["name", key],
-                "additionalProperties": False,
-            }
-        )
-    return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": homes}
-
-
-def _parameters(function: FunctionDefinition) -> dict[str, Any]:
-    """Arguments are an object whatever else the schema says; no schema: there are none."""
-    return {"type": "object", **function.parameters} if function.parameters else _NO_ARGUMENTS
-
-
-def _moved(schema: Any, home: str) -> Any:  # noqa: ANN401 - any JSON
-    """The schema with its references into itself as they are once it stands at ``home``."""
-    if isinstance(schema, list):
-        return [_moved(part, home) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: home + value[1:]
-        if key == "$ref" and isinstance(value, str) and value.startswith("#")
-        else _moved(value, home)
-        for key, value in schema.items()
-    }
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------
@@ -212,7 +183,7 @@ def _written(function: FunctionDefinition) -> dict[str, Any]:
         "function": {
             "name": function.name,
             "description": function.description or "",
-            "parameters": _parameters(function),
+            "parameters": parameters_of(function),
         },
     }
 

@@ -20,10 +20,15 @@ NOT_HONOURED: dict[str, dict[str, tuple[Any, ...]]] = {
         "modalities": (["text"],),
     },
     "completion": {
-        "echo": (False,),
         "suffix": ("",),
         "best_of": (1,),
     },
+}
+
+# What to do instead, where there is something.
+INSTEAD = {
+    "best_of": "send n, and choose among the answers",
+    "suffix": "write it into the prompt, in the form that the model was trained on",
 }
 
 
@@ -34,4 +39,5 @@ def refuse_unsupported(kind: str, body: BaseModel) -> None:
         if value is None or any(value == one and type(value) is type(one) for one in neutral):
             continue
         hint = f"; it may only be {' or '.join(map(repr, neutral))}" if neutral else ""
+        hint += f"; {INSTEAD[name]}" if name in INSTEAD else ""
         raise ApiError(400, f"{name} is not supported by this server{hint}", param=name, code="unsupported_parameter")

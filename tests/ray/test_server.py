@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
@@ -19,9 +21,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from pearl_ray import PearlConfig, PearlEngine, SamplingParams
 from pearl_ray.deployment import deploy, stop_deployment
 from pearl_ray.serving.backend import Model, RayEngine
-from pearl_ray.serving.http_actor import find_http_actor, start_http_actor
+from pearl_ray.serving.http_actor import start_http_actor
+from pearl_ray.serving.http_handle import drain_http_actor, find_http_actor
 from pearl_ray.serving.server import HttpServer, bind
 from pearl_ray.serving.settings import ServerSettings
+from tests.odd_bodies import Memory, throw
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "Once upon a time"
@@ -75,6 +79,31 @@ def test_completions_are_the_engines_own_text_whole_and_streamed(client, engine)
     assert spec["tokens_per_target_forward"] > 1 and sum(spec["rounds"].values()) == spec["num_target_forwards"]
     chunks = list(client.completions.create(model="tiny", prompt=PROMPT, temperature=0, max_tokens=30, stream=True))
     assert "".join(c.choices[0].text for c in chunks) == own.outputs[0].text and len(chunks) > 3
+
+
+def test_an_echoed_text_is_scored_as_it_was_when_it_was_written(client, engine) -> None:
+    fields: dict[str, Any] = {"model": "tiny", "temperature": 0, "logprobs": 2, "echo": True}
+    got = client.completions.create(prompt=PROMPT, max_tokens=20, extra_body={"ignore_eos": True}, **fields)
+    [own] = engine.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
+    text, ids = got.choices[0].text, own.prompt_token_ids + list(own.outputs[0].token_ids)
+    assert text == PROMPT + own.outputs[0].text
+    scored = client.completions.create(prompt=ids, max_tokens=0, **fields).choices[0]
+    whole, again = got.choices[0].logprobs, scored.logprobs
+    assert len(again.tokens) == len(ids) and again.tokens == whole.tokens and again.text_offset == whole.text_offset
+    assert again.token_logprobs[0] is whole.token_logprobs[0] is None and again.top_logprobs[0] is None
+    assert again.token_logprobs[1:] == pytest.approx(whole.token_logprobs[1:], abs=1e-9)
+    for one, other, logprob in zip(
+        whole.top_logprobs[1:], again.top_logprobs[1:], whole.token_logprobs[1:], strict=True
+    ):
+        assert one == pytest.approx(other, abs=1e-9) and max(one.values()) >= logprob
+    start = len(own.prompt_token_ids)  # greedy: each token of the answer was the likeliest
+    for top, logprob in zip(again.top_logprobs[start:], again.token_logprobs[start:], strict=True):
+        assert max(top.values()) == logprob
+    chunks = list(client.completions.create(prompt=PROMPT, max_tokens=20, stream=True, **fields,
+                                            extra_body={"ignore_eos": True}))  # fmt: skip
+    assert "".join(c.choices[0].text for c in chunks) == text
+    streamed = [logprob for c in chunks for logprob in c.choices[0].logprobs.token_logprobs]
+    assert streamed[1:] == pytest.approx(whole.token_logprobs[1:], abs=1e-9) and streamed[0] is None
 
 
 def test_chat_goes_through_the_template_and_a_seed_repeats_it(client, engine) -> None:
@@ -151,24 +180,77 @@ def test_each_panel_of_the_dashboard_finds_its_metrics_and_labels_in_a_scrape(cl
     client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30)
     scrape = httpx.get(f"{url}/metrics").text
     labels: dict[str, set[str]] = {}
+    samples: dict[tuple[str, str | None], float] = {}
     for family in text_string_to_metric_families(scrape):
         for sample in family.samples:
             labels.setdefault(sample.name, set()).update(sample.labels)
+            samples[sample.name, sample.labels.get("role")] = sample.value
     for side in ("target", "draft"):
         for name in ("round_seconds", "bridge_wait_seconds"):
             count = re.search(rf'^pearl:{name}_count{{side="{side}"}} (.+)$', scrape, re.MULTILINE)
             assert count is not None and float(count[1]) > 0, (name, side)
+    assert {role: samples["pearl:recoveries_total", role] for role in ("target", "draft")} == {"target": 0, "draft": 0}
     for panel in json.loads((ROOT / "docs" / "grafana.json").read_text("utf-8"))["panels"]:
         for target in panel.get("targets", []):
             query = target["expr"]
             names = set(re.findall(r"pearl:\w+", query))
-            # A deployment without recoveries in its stats() has no such counter yet; Prometheus shows an empty panel.
-            missing = names - labels.keys() - {"pearl:recoveries_total"}
+            missing = names - labels.keys()
             assert names and not missing, (panel["title"], missing)
             grouped = ",".join(re.findall(r"by \(([^)]*)\)", query)) + "," + ",".join(re.findall(r"(\w+)=", query))
             used = set(re.findall(r"\w+", grouped)) | set(re.findall(r"{{(\w+)}}", target.get("legendFormat", "")))
-            for name in names & labels.keys():
+            for name in names:
                 assert used <= labels[name], (panel["title"], name, used - labels[name])
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
+def test_odd_bodies_leave_no_request_no_block_and_no_memory(url, engine, count) -> None:
+    coordinator = psutil.Process(engine.status()["coordinator_pid"])
+    memories = [Memory(count, lambda p=p: p.memory_info().rss) for p in (psutil.Process(), coordinator)]
+
+    def watch(number: int) -> None:
+        for memory in memories:
+            memory.watch(number)
+
+    with httpx.Client(base_url=url, timeout=60) as client:
+        throw(client, count, seed=count, watch=watch)
+    deadline = time.monotonic() + 5
+    while (stats := engine.stats())["num_requests_running"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert stats["num_requests_running"] == stats["num_requests_waiting"] == 0
+    assert set(stats["kv_cache_usage_perc"].values()) == {0.0}
+    growths = [memory.growth for memory in memories]
+    print(f"{count} bodies: memory of server and coordinator grew by {growths}")
+    assert count < 10_000 or max(growths) < 0.1
+
+
+def test_a_drained_server_ends_its_streams_whole_or_with_a_word(ray_session, tiny_dirs, engine) -> None:
+    held = deploy(config(tiny_dirs, max_model_len=8192, kv_cache_blocks=1024), "drained", detached=True)
+    url = start_http_actor("drained", ServerSettings(), "127.0.0.1", 0, engine.tokenizer)
+    ends: dict[str, list[dict[str, Any]]] = {}
+    running = threading.Barrier(3)
+
+    def ask(name: str, **fields: Any) -> None:
+        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, **fields}, timeout=60) as response:
+            events = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+            first = json.loads(next(events))
+            running.wait(30)
+            ends[name] = [first, *(json.loads(event) for event in events if event != "[DONE]")]
+
+    threads = [threading.Thread(target=ask, args=("short",), kwargs={"max_tokens": 12}),
+               threading.Thread(target=ask, args=("long",), kwargs={"max_tokens": 8000})]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    running.wait(30)
+    server = find_http_actor("drained")
+    assert server is not None
+    drain_http_actor(server, 5.0)
+    for thread in threads:
+        thread.join(30)
+    stop_deployment(held.name)
+    assert ends["short"][-1]["choices"][0]["finish_reason"] == "length"
+    assert ends["long"][-1]["error"]["code"] == "shutting_down"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
 
 
 def test_the_server_of_a_detached_deployment_ends_with_it(ray_session, tiny_dirs, engine) -> None:

@@ -89,6 +89,17 @@ class FakeEngine:
     def trace(self) -> dict[str, object]:
         return {"traceEvents": []}
 
+    def stats(self) -> dict[str, object]:
+        target, draft = {1: 0.080, 8: 0.090, 16: 0.120}, {1: 0.010, 8: 0.012}
+        measured = self.config is not None or self.name != "fixed"
+        return {
+            "target_forward_seconds": target if measured else {},
+            "draft_step_seconds": draft if measured else {},
+        }
+
+    def status(self) -> dict[str, object]:
+        return {"mode": "pearl"}
+
     def stream(self, prompt: Any, params: SamplingParams) -> Iterator[StreamChunk]:
         self.calls.append(("stream", list(prompt), params))
         for i, text in enumerate("yes"):
@@ -128,6 +139,8 @@ class FakeCluster:
         self.deployments: dict[str, PearlConfig] = {}
         self.detached: list[str] = []
         self.stopped: list[tuple[str, float]] = []
+        self.servers: dict[str, str] = {}  # of detached deployments
+        self.drained: list[tuple[str, float]] = []
 
     def open_session(self, address: str | None = None, *, start: bool = True, wanted: Any = None) -> FakeCluster:
         if not start and not self.runs_before:
@@ -160,12 +173,18 @@ class FakeCluster:
         del self.deployments[name]
         self.stopped.append((name, timeout_s))
 
+    def drain_http_actor(self, server: str, drain_s: float) -> None:
+        assert not self.stopped, "it is drained while its deployment runs"
+        self.drained.append((server, drain_s))
+
     def list_deployments(self) -> list[str]:
         return list(self.deployments)
 
     def connect(self, name: str = "default", *, address: str | None = None) -> FakeEngine:
         self.deployment_status(name)
-        return FakeEngine()
+        client = FakeEngine()
+        client.name = name
+        return client
 
 
 @pytest.fixture
@@ -183,6 +202,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
     }
     modules["serving.server"] = {"HttpServer": FakeServer, "bind": lambda _host, _port: socket.socket()}
     modules["serving.http_actor"] = {"start_http_actor": lambda *_args: "http://fake"}
+    modules["serving.http_handle"] = {"find_http_actor": fake.servers.get, "drain_http_actor": fake.drain_http_actor}
     monkeypatch.setattr("pearl_ray.commands.http.attach", lambda *_args: None)
     monkeypatch.setattr("pearl_ray.commands.http.target_tokenizer", lambda _config: FakeTokenizer())
     monkeypatch.setattr("pearl_ray.serving.logs.configure_logging", lambda _form: None)
@@ -245,6 +265,9 @@ REFUSED = [
     (["status", "--name", "gone"], ["'gone'"]),
     (["stop"], ["'default'"]),
     (["bench"], ["bench"]),
+    (["profile", "--mode", "ar"], ["--mode ar", "no draft"]),
+    (["profile", "--num-speculative-tokens", "4"], ["--num-speculative-tokens", "leave it out"]),
+    (["profile", "--acceptance", "0.5,1"], ["--acceptance", "0.5,1"]),
     (["--nonsense"], ["--nonsense"]),
 ]
 
@@ -560,7 +583,31 @@ def test_status_shows_all_deployments_or_one(cluster: FakeCluster) -> None:
 def test_stop_ends_the_named_deployment(cluster: FakeCluster) -> None:
     cluster.deployments["a"] = PearlConfig()
     result = run("stop", "--name", "a", "--shutdown-timeout", "3")
-    assert result.exit_code == 0 and cluster.stopped == [("a", 3.0)]
+    assert result.exit_code == 0 and cluster.stopped == [("a", 3.0)] and not cluster.drained
+
+
+def test_stop_drains_the_server_of_a_detached_deployment_first(cluster: FakeCluster) -> None:
+    cluster.deployments["a"], cluster.servers["a"] = PearlConfig(), "server of a"
+    result = run("stop", "--name", "a", "--shutdown-timeout", "3")
+    assert result.exit_code == 0 and "3 s" in result.stderr
+    assert cluster.drained == [("server of a", 3.0)] and cluster.stopped == [("a", 3.0)]
+
+
+def test_profile_prints_costs_and_the_windows_that_follow(cluster: FakeCluster) -> None:
+    result = run("profile")
+    assert result.exit_code == 0 and FakeEngine.made[0].closed
+    assert "80.00" in result.stdout and "12.00" in result.stdout and "0.95" in result.stdout
+    found = json.loads(run("profile", "--acceptance", "0.1,0.7,0.95", "--json").stdout)
+    assert found["target_forward_seconds"]["8"] == 0.09 and found["mode"] == "pearl"
+    windows = {(w["sequences"], w["acceptance"]): w["window"] for w in found["windows"]}
+    assert set(windows) == {(batch, rate) for batch in (1, 8) for rate in (0.1, 0.7, 0.95)}
+    assert windows[1, 0.95] >= windows[1, 0.7] > 1 and windows[8, 0.1] <= windows[1, 0.1]
+
+
+def test_profile_asks_a_running_deployment_that_measured_something(cluster: FakeCluster) -> None:
+    cluster.deployments |= {"a": PearlConfig(), "fixed": PearlConfig()}
+    assert "80.00" in run("profile", "--name", "a").stdout
+    assert_refused(run("profile", "--name", "fixed"), "'fixed'", "fixed window")
 
 
 def test_collect_env_shows_versions_and_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_where_min_tokens_leaves_nothing_the_grammar_prevails() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, "structured_outputs=None is not allowed: exactly one of json, json_object, regex and choice"),
+        ({}, "structured_outputs=None is not allowed: exactly one of json, json_object, regex, choice and grammar"),
         ({"json": {}, "regex": "a"}, "exactly one of"),
         ({"json": "{"}, "json='{' is not allowed: a JSON schema"),
         ({"json": "[1]"}, "a JSON schema"),

@@ -60,6 +60,9 @@ BAD: list[tuple[str, Any, str | None, str]] = [
     ("completions", {**TEXT, "num_speculative_tokens": "auto"}, "num_speculative_tokens", "valid integer"),
     ("completions", {**TEXT, "logprobs": 21}, "logprobs", "less than or equal to 20"),
     ("completions", {**TEXT, "\ud800": 1}, None, "unicode"),
+    ("completions", {**TEXT, "prompt": "a \ud800"}, None, "surrogate"),
+    ("completions", {**TEXT, "prompt": ["a", "\udfff" * 3000]}, None, "surrogate"),
+    ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
     ("completions", [], None, "valid dictionary"),
 ]
 
@@ -81,7 +84,7 @@ ASKING: dict[str, dict[str, Any]] = {
         "service_tier": "flex",
         "modalities": ["audio"],
     },
-    "completion": {"echo": True, "suffix": "x", "best_of": 3},
+    "completion": {"suffix": "x", "best_of": 3},
 }
 
 

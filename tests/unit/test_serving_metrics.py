@@ -133,5 +133,5 @@ def test_figures_of_several_prompts_are_weighted_by_their_forwards() -> None:
 
 
 def test_a_token_without_probability_is_written_as_a_number() -> None:
-    written = completion_logprobs([{5: Logprob(float("-inf"), 9, "x")}], 0, 4)
+    written = completion_logprobs([{5: Logprob(float("-inf"), 9, "x")}], 0, 4, FakeTokenizer())
     assert written["token_logprobs"] == [LOWEST] and written["text_offset"] == [4] and written["top_logprobs"] is None

@@ -160,7 +160,7 @@ def test_an_answer_without_a_call_is_an_answer_and_one_call_can_be_asked_for() -
 def test_a_forced_call_is_held_to_a_schema_of_the_functions(says: str, key: str, end: str) -> None:
     answer = json.dumps({"name": "get_weather", key: {"city": "Paris"}})
     for choice, others in (("required", True), (NAMED, False)):
-        whole, chunks, engine = ask(answer, says, tool_choice=choice)
+        whole, chunks, engine = ask(answer, says, tool_choice=choice, parallel_tool_calls=False)
         assert whole.choices[0].finish_reason == chunks[-1].choices[0].finish_reason == "tool_calls"
         [call] = whole.choices[0].message.tool_calls
         assert Call(call.function.name, call.function.arguments) == PARIS
@@ -171,6 +171,26 @@ def test_a_forced_call_is_held_to_a_schema_of_the_functions(says: str, key: str,
         assert valid(json.loads(answer)) and valid({"name": "search", key: {}}) == others
         assert not valid({"name": "get_weather", key: {"city": 3}}) and not valid({"name": "get_weather"})
         assert not valid({"name": "rm", key: {}}) and not valid({"name": "search", key: {"x": 1}})
+
+
+def test_calls_that_must_be_made_may_be_several() -> None:
+    inner = HERMES_PARIS.removeprefix("<tool_call>\n")
+    whole, _, engine = ask(f"{inner}\n{HERMES_PARIS.replace('Paris', 'Oslo')}", tool_choice="required")
+    calls = whole.choices[0].message.tool_calls
+    assert [Call(c.function.name, c.function.arguments) for c in calls] == [PARIS, OSLO]
+    assert whole.choices[0].message.content is None and engine.submitted[-1][1].structured_outputs.grammar is not None
+    _, _, engine = ask(inner, tool_choice=NAMED)
+    assert engine.submitted[-1][1].structured_outputs.json is not None
+
+
+def test_a_strict_function_is_held_to_its_schema_where_the_model_may_choose() -> None:
+    for strict in (True, False):
+        tools = [{"type": "function", "function": {"name": "get_weather", "parameters": CITY, "strict": strict}}]
+        whole, _, engine = ask(f"Let me look.\n{HERMES_PARIS}", tools=tools)
+        assert whole.choices[0].finish_reason == "tool_calls" and whole.choices[0].message.content == "Let me look."
+        wanted = engine.submitted[-1][1].structured_outputs
+        assert (wanted is not None and wanted.grammar is not None) == strict
+        assert prompt_of(engine).endswith("assistant:")
 
 
 def test_a_forced_call_that_is_cut_by_its_length_is_no_call() -> None:
@@ -212,7 +232,6 @@ def test_an_answer_goes_back_into_the_conversation_as_it_came() -> None:
         assert again.choices[0].message.content == "It rains." and "Rain." in prompt_of(engine)
 
 
-STRICT = [{"type": "function", "function": {"name": "f", "strict": True}}]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[1"}}
 
 
@@ -224,7 +243,6 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[
         ({"tool_choice": {"type": "function", "function": {"name": "rm"}}}, "tool_choice", "'rm'"),
         ({"tool_choice": {"type": "function", "name": "search"}}, "tool_choice.name", "unrecognized"),
         ({"tools": TOOLS[:1] * 2}, "tools", "same name"),
-        ({"tools": STRICT}, "tools", "strict"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
         ({"response_format": {"type": "json_object"}}, "response_format", "tool_choice: none"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "tool_choice: none"),
@@ -266,6 +284,7 @@ def test_a_form_that_is_not_known_is_refused_until_one_is_chosen() -> None:
         ("chat/completions", {"structured_outputs": {"choice": ["a", "b"]}}, "choice", ("a", "b")),
         ("completions", {"structured_outputs": {"json": CITY}}, "json", json.dumps(CITY)),
         ("completions", {"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+        ("completions", {"structured_outputs": {"grammar": 'start: "a"'}}, "grammar", 'start: "a"'),
     ],
 )
 def test_what_an_answer_must_look_like_reaches_the_engine(path: str, fields: Any, name: str | None, value: Any) -> None:
@@ -287,7 +306,8 @@ def test_what_an_answer_must_look_like_reaches_the_engine(path: str, fields: Any
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
         ({"structured_outputs": {"json": "no schema"}}, "structured_outputs"),
-        ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"grammar": ""}}, "structured_outputs"),
+        ({"structured_outputs": {"lark": "x"}}, "structured_outputs.lark"),
         ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ],
 )
