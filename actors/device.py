@@ -81,14 +81,20 @@ def can_capture(group: Group, attention_backend: str, *, enforce_eager: bool) ->
 
 @torch.inference_mode()
 def capture(role: str, parts: DeviceParts, max_width: int) -> None:
-    """Make the graphs that rounds will ask for. Collective; the cache must not hold anything yet."""
+    """Compile the kernels and make the graphs that rounds will ask for. Collective; the cache must be unused yet."""
     runner = parts.runner
+    is_cuda = runner.device.type == "cuda"  # else nothing is compiled
     if role == "target":
+        assert parts.verification is not None
+        if is_cuda:
+            parts.verification.warm_up(max_width)
         runner.capture(verification_shapes(runner, max_width))
     else:
+        assert parts.steps is not None
+        if is_cuda:
+            parts.steps.warm_up()
         batches = [size for size in SEQUENCE_BUCKETS if size < 2 * runner.max_seqs]
         runner.capture(runner.shape(min(size, runner.max_rows), size, 1) for size in batches)
-        assert parts.steps is not None
         parts.steps.capture(batches)
     runner.graphs.log(role)
 
@@ -127,7 +133,8 @@ def profile(role: str, parts: DeviceParts, num_blocks: int, context: int) -> dic
 def _profile_target(parts: DeviceParts, num_blocks: int, context: int) -> dict[int, float]:
     runner = parts.runner
     size = runner.block_size
-    blocks = list(range(min(num_blocks, -(-(context + TARGET_ROWS[-1]) // size))))
+    most = min(num_blocks, runner.max_context // size)  # beyond that no table reaches
+    blocks = list(range(min(most, -(-(context + TARGET_ROWS[-1]) // size))))
     start = min(context, len(blocks) * size // 2)
     seconds = {}
     for rows in TARGET_ROWS:
@@ -143,7 +150,8 @@ def _profile_draft(parts: DeviceParts, num_blocks: int, context: int) -> dict[in
     runner, steps = parts.runner, parts.steps
     assert steps is not None
     size = runner.block_size
-    blocks = list(range(min(num_blocks, -(-(context + MAX_WINDOW) // size))))
+    most = min(num_blocks, runner.max_context // size)
+    blocks = list(range(min(most, -(-(context + MAX_WINDOW) // size))))
     start = min(context, len(blocks) * size // 2)
     seconds = {}
     for count in DRAFT_SEQUENCES:

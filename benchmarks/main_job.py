@@ -5,6 +5,7 @@ Sections:
   arrangements  greedy: the same at draft TP × target TP of 1×2, 2×3, 1×7
   sampled       temperatures 0.6 and 1.0, `coupled`, seeds: pearl = sd = ar; acceptance of both rules
   replay        tokens per target forward of pearl at window 8 against a replay through `transition`, and the formula
+  rounding      bfloat16, seeds: how far a text stays that of its request alone, with and without `deterministic`
 
 A difference between two texts counts as a tie, and is printed, only where the top two scores (logit + T·g) at the
 first different token lie within 1e-4 of each other. Prints a line per comparison; exit status 1 if any is not a tie.
@@ -43,7 +44,8 @@ def answer(
     prompts: Sequence[list[int]], params: Sequence[SamplingParams], batch: int, **options: object
 ) -> list[RequestOutput]:
     """The outputs of an engine that decodes at most ``batch`` sequences together."""
-    config = PearlConfig(max_num_seqs=batch, max_num_batched_tokens=2048, dtype="float32", device="cpu", **options)
+    common = {"max_num_seqs": batch, "max_num_batched_tokens": 2048, "dtype": "float32", "device": "cpu"}
+    config = PearlConfig(**{**common, **options})
     started = time.monotonic()
     with PearlEngine(config) as engine:
         up = time.monotonic() - started
@@ -144,6 +146,27 @@ def sampled(prompts: Texts, model: torch.nn.Module) -> int:
     return wrong
 
 
+def rounding(prompts: Texts) -> int:
+    """Nothing here is wrong: bfloat16 rounds differently in another batch, unless it is told not to."""
+    params = [SamplingParams(temperature=0.6, max_tokens=64, seed=1000 + i) for i in range(len(prompts))]
+    for deterministic in (False, True):
+        options = {"dtype": "bfloat16", "deterministic": deterministic}
+        alone = texts_of(answer(prompts, params, 1, mode="ar", **options))
+        for mode in ("ar", "pearl"):
+            found = texts_of(answer(prompts, params, 8, mode=mode, num_speculative_tokens=4, **options))
+            kept = [
+                next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
+                for ours, theirs in zip(found, alone, strict=True)
+            ]
+            same = sum(ours == theirs for ours, theirs in zip(found, alone, strict=True))
+            total = sum(map(len, alone))
+            say(
+                f"  deterministic {deterministic}: {mode} in a batch = ar alone in {same} of {len(found)} texts, "
+                f"{sum(kept)} of {total} tokens before texts part"
+            )
+    return 0
+
+
 def acceptance(outputs: Sequence[RequestOutput]) -> float:
     """Accepted of tested tokens; in PEARL every committed position behind the first was tested exactly once."""
     origins = [o for output in outputs for o in output.outputs[0].origins if o != "prefill"]
@@ -214,7 +237,7 @@ def replayed_forwards(num_prompt: int, agrees: Sequence[bool], *, window: int) -
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="+", choices=("equality", "arrangements", "sampled", "replay"))
+    parser.add_argument("sections", nargs="+", choices=("equality", "arrangements", "sampled", "replay", "rounding"))
     parser.add_argument("--humaneval", type=Path, required=True)
     parser.add_argument("--gsm8k", type=Path, required=True)
     args = parser.parse_args()
@@ -234,6 +257,8 @@ def main() -> int:
             wrong += arrangements(humaneval[:2] + gsm8k[:2], model)
         elif section == "sampled":
             wrong += sampled(humaneval[:4] + gsm8k[:4], model)
+        elif section == "rounding":
+            wrong += rounding(humaneval[:4] + gsm8k[:4])
         else:
             wrong += replay(humaneval, model)
     say("all texts are the target's" if not wrong else f"{wrong} FAILED")

@@ -9,7 +9,8 @@ import triton.language as tl
 from pearl_ray.kernels.advance import RoundInput, RoundState
 
 
-@triton.jit
+# One program for all batches: whatever varies with them is no constant of it.
+@triton.jit(do_not_specialize=["num_seqs", "num_padded_seqs", "num_rows"])
 def _advance(
     committed,
     newest,
@@ -61,15 +62,15 @@ def _advance(
     counts = tl.where(exists, counts, 0)
     total = tl.sum(counts, 0)
     if me == num_seqs:
-        row = tl.arange(0, PADDING)
-        left_over = (row >= total) & (row < num_rows)
-        tl.store(slots + row, -1, mask=left_over)
-        tl.store(tested + row, -1, mask=left_over)
-        tl.store(token_ids + row, 0, mask=left_over)
-        tl.store(positions + row, 0, mask=left_over)
+        behind = tl.arange(0, PADDING)  # a name that the other branch doesn't have: types must agree
+        left_over = (behind >= total) & (behind < num_rows)
+        tl.store(slots + behind, -1, mask=left_over)
+        tl.store(tested + behind, -1, mask=left_over)
+        tl.store(token_ids + behind, 0, mask=left_over)
+        tl.store(positions + behind, 0, mask=left_over)
         beyond = (other >= num_seqs) & (other < num_padded_seqs)
         tl.store(context_lens + other, 0, mask=beyond)
-        tl.store(newest_rows + other, num_rows.to(tl.int64) + other.to(tl.int64) * 0, mask=beyond)
+        tl.store(newest_rows + other, (num_rows + other * 0).to(tl.int64), mask=beyond)
         tl.store(query_start + other, total, mask=beyond)
         tl.store(query_start + num_padded_seqs, total)
     else:
@@ -135,7 +136,7 @@ def advance(
         to.seeds, to.positions, to.samples, to.temperatures, to.top_ks, to.top_ps, to.min_ps,
         num_seqs, padded, len(following.token_ids),
         state.pending_SW.stride(0), drafted_SW.stride(0), tables_LB.stride(0), block_size,
-        SEQS=triton.next_power_of_2(padded + 1),
+        SEQS=triton.next_power_of_2(max(padded, len(following.newest_rows)) + 1),
         ROWS=triton.next_power_of_2(max(state.pending_SW.shape[1], drafted_SW.shape[1])),
-        PADDING=triton.next_power_of_2(len(following.token_ids)),
+        PADDING=triton.next_power_of_2(max(len(following.token_ids), len(following.tested) - 1)),
     )  # fmt: skip

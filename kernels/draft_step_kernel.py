@@ -9,7 +9,7 @@ import triton.language as tl
 from pearl_ray.kernels.draft_step import StepState
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])  # a compilation for each power of two, not for 13 and for 16
 def _feed(
     token_ids,
     positions,

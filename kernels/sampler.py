@@ -202,8 +202,11 @@ def draw_columns(rows: Sequence[Row], *, draft: bool = False) -> tuple[np.ndarra
 
 
 def to_device(columns: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Flat arrays of any types in one copy, each at a multiple of 8 bytes; the host doesn't wait."""
-    sizes = [math.ceil(column.nbytes / 8) * 8 for column in columns]
+    """Flat arrays of any types in one copy; the host doesn't wait.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for addresses that don't.
+    """
+    sizes = [math.ceil(column.nbytes / 16) * 16 for column in columns]
     whole = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     flat, at = whole.numpy(), 0
     for column, size in zip(columns, sizes, strict=True):

@@ -71,9 +71,11 @@ class LocalEngine:
         device: str = "cpu",
         attention_backend: str = "torch",
         use_graphs: bool = False,
+        deterministic: bool = False,
     ) -> None:
         """``on_device``: the loops, passes and samplers of GPUs; on a CPU with torch in the kernels' place."""
         self._draft_grammars, self._on_device = draft_grammars, on_device
+        self._deterministic = deterministic
         self._device, self._backend, self._use_graphs = torch.device(device), attention_backend, use_graphs
         self.device_parts: list[DeviceParts] = []
         self._max_num_seqs, self._max_model_len = max_num_seqs, max_model_len
@@ -141,6 +143,7 @@ class LocalEngine:
             attention_backend=self._backend,
             block_size=self._sizes[1],
             on_layer_loaded=lambda done, total: None,
+            deterministic=self._deterministic,
         )
         num_blocks, block_size = self._sizes
         cache = model.make_cache(num_blocks, block_size)

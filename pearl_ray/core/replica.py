@@ -73,7 +73,7 @@ class Replica:
         """The next round's work."""
         size = self.block_size
         members = [
-            Member(seq_id, s.state, len(s.target_blocks) * size, len(s.draft_blocks) * size)
+            Member(seq_id, s.state, len(s.target_blocks) * size, len(s.draft_blocks) * size, s.join.rejection)
             for seq_id, s in self.sequences.items()
         ]
         return plan_round(members, self.limits)

@@ -59,12 +59,17 @@ class RoundPlan:
 
 
 class Member(msgspec.Struct, frozen=True, gc=False):
-    """A sequence of the batch as the schedule sees it; capacities are tokens that fit in the blocks it holds."""
+    """A sequence of the batch as the schedule sees it; capacities are tokens that fit in the blocks it holds.
+
+    ``needs_draft``: under `rejection` a token without a proposal is drawn from other noise, so the sequence waits while
+    its draft is behind; else the load would decide its text. (A `coupled` one goes on alone: its text is the same.)
+    """
 
     seq_id: int
     state: SequenceState
     target_capacity: int
     draft_capacity: int
+    needs_draft: bool = False
 
 
 def plan_round(members: Iterable[Member], limits: Limits) -> RoundPlan:
@@ -85,10 +90,12 @@ def plan_round(members: Iterable[Member], limits: Limits) -> RoundPlan:
         work = _decode(member, mode, draft_budget)
         if work is None:
             continue
-        target_budget -= work.target_fed
-        draft_budget -= work.draft_fed
         if work.num_drafted == 0 and state.window > 0 and mode != "ar":
             behind.append((len(works), member))
+            if member.needs_draft and state.num_committed + len(state.pending) < state.max_total:
+                work = Work(member.seq_id, 0, 0, 0, 0, 0)
+        target_budget -= work.target_fed
+        draft_budget -= work.draft_fed
         works.append(work)
     if not prefilling and not behind:
         return RoundPlan(tuple(works))  # type: ignore[arg-type]  # None stands for sequences in prefill only
@@ -99,7 +106,8 @@ def plan_round(members: Iterable[Member], limits: Limits) -> RoundPlan:
         work = works[place]
         assert work is not None
         fed = draft_chunks.get(member.seq_id, 0)
-        works[place] = Work(work.seq_id, work.target_fed, work.num_rows, work.num_tested, fed, 0)
+        idle = not work.target_fed and not fed
+        works[place] = None if idle else Work(work.seq_id, work.target_fed, work.num_rows, work.num_tested, fed, 0)
     for place, member in prefilling:
         works[place] = _prefill(member, target_chunks.get(member.seq_id, 0), draft_chunks.get(member.seq_id, 0))
     return RoundPlan(tuple([work for work in works if work is not None]))

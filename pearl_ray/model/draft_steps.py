@@ -93,7 +93,7 @@ class DraftSteps:
     def write(self, first: Sequence[Entry], writers: Sequence[Writer]) -> Drafted:
         """Feed ``first`` (whose output rows belong to the writers, in their order) and draft.
 
-        Waits for the device once, at the end; without writers not at all.
+        Waits for the device once, at the end: what the host has written for it may be written again then.
         """
         assert len(writers) <= self._num
         steps = max((writer.limit for writer in writers), default=0)
@@ -103,6 +103,7 @@ class DraftSteps:
         logits_SV = self._runner.logits(first)
         self.num_steps += 1
         if not writers:
+            self._runner.wait()
             return Drafted(np.zeros((0, 0), np.int32), None, None)
         assert logits_SV is not None and len(logits_SV) == len(writers)
         count = len(writers)
@@ -121,12 +122,28 @@ class DraftSteps:
     def capture(self, batches: Iterable[int]) -> None:
         """Make graphs of plain steps for so many sequences, as far as the budget goes."""
         for size in sorted({padded(batch, SEQUENCE_BUCKETS) for batch in batches}, reverse=True):
-            host = self._arrays.host
-            for name in ("query_start", "limits", "context_lens", "positions", "lanes"):
-                host[name][:] = 0
-            host["slots"][:] = -1
-            self._arrays.upload()
+            self._clear()
             self._runner.graphs.capture(("step", size, Variant()), lambda size=size: self._step(size, Variant()))
+
+    def warm_up(self) -> None:
+        """Launch what ends a step once, so that its kernels are compiled before the rounds. Collective, before them."""
+        self._clear()
+        logits_RV, size = self._runner.logits_RV, 1
+        while size <= min(self._num, len(logits_RV)):
+            self._end(logits_RV[:size], size, Variant())
+            size *= 2
+        for has_both in (False, True):
+            self._end(logits_RV[:1], 1, Variant(is_filtered=True, has_both=has_both))
+        self._runner.wait()
+
+    def _clear(self) -> None:
+        """Steps that are no sequence's."""
+        host = self._arrays.host
+        for array in host.values():
+            array[:] = 0
+        host["slots"][:] = -1
+        host["draw_top_ps"][:] = 1
+        self._arrays.upload()
 
     def _fill(self, writers: Sequence[Writer]) -> None:
         """Send what the steps need; ``positions`` hold the last token that the first pass feeds."""

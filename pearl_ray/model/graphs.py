@@ -11,6 +11,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+_GRAPH_BYTES = 32 << 20  # of one graph in the driver's memory and of the kernels loaded for it, at most
+
 
 class GraphPool:
     """Runs functions whose tensors all have fixed addresses: by replay of a CUDA graph where there is one.
@@ -29,6 +31,7 @@ class GraphPool:
         self._budget_s, self._budget_bytes = budget_s, budget_bytes
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: object = None
+        self._stream: torch.cuda.Stream | None = None  # one for all: what the allocator keeps, it keeps per stream
         self.num_captured = self.num_replayed = self.num_called = self.bytes = 0
         self.seconds = 0.0
 
@@ -39,7 +42,10 @@ class GraphPool:
         if self.seconds >= self._budget_s or self.bytes >= self._budget_bytes:
             return False
         began, free = time.monotonic(), torch.cuda.mem_get_info(self._device)[0]
-        stream = torch.cuda.Stream(self._device)
+        reserved = torch.cuda.memory_reserved(self._device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):  # compiles kernels and makes scratch memory, which a capture may not
             function()
@@ -63,7 +69,9 @@ class GraphPool:
         self._graphs[key] = graph
         self.num_captured += 1
         self.seconds += time.monotonic() - began
-        self.bytes += max(free - torch.cuda.mem_get_info(self._device)[0], 0)
+        # The driver counts other processes on this device too, which may be making their caches.
+        own = torch.cuda.memory_reserved(self._device) - reserved + _GRAPH_BYTES
+        self.bytes += max(min(free - torch.cuda.mem_get_info(self._device)[0], own), 0)
         return True
 
     def run(self, key: Hashable, function: Callable[[], object]) -> None:

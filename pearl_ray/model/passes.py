@@ -28,6 +28,7 @@ from pearl_ray.model.transformer import Transformer
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 QUERY_BUCKETS = (1, 8, 32, 128, 512)
+_SPARE = 512  # tokens of the block tables beyond the longest sequence, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ class PassRunner(ModelRunner):
         self.max_seqs = min(max_num_seqs, max_rows)
         self.graphs = graphs
         # Sequences that left give their lanes back at the next round: room for as many that join meanwhile.
-        blocks = -(-max_model_len // block_size) + 8
+        # Blocks beyond the longest sequence's: no more than the rotary tables' spare positions.
+        blocks = -(-max_model_len // block_size) + max(1, min(8, _SPARE // block_size))
         self.max_context = blocks * block_size
         self.tables = LaneTables(2 * max_num_seqs + 1, blocks, self.device)
         seqs = padded(self.max_seqs, SEQUENCE_BUCKETS)

@@ -134,7 +134,42 @@ class Verification:
         assert self._verdict is not None and len(blocks) == self._count
         for seq_id, table in zip(self._seq_ids, blocks, strict=True):
             self._runner.tables.lane(seq_id, table)
-        device, inputs, shape = self._arrays.device, self._runner.arrays.device, self._next_shape
+        self._advance()
+        self.num_advanced += 1
+        self._queue(self._next_shape)
+
+    def warm_up(self, longest: int) -> None:
+        """Launch once what rounds launch besides passes, so that kernels are compiled before any round. Collective.
+
+        ``longest``: rows of a sequence, at most.
+        """
+        device, inputs, runner = self._arrays.device, self._runner.arrays, self._runner
+        for array in (*self._arrays.host.values(), *inputs.host.values()):
+            array[:] = 0
+        self._arrays.host["newest_rows"][:] = runner.max_rows
+        self._arrays.upload()
+        inputs.upload()
+        columns = [device[f"row_{name}"][:1] for name, _ in DRAWS]
+        starts, tested, logits_RV = inputs.device["query_start"][:2], device["tested"][:1], runner.logits_RV[:1]
+        for flags in ((False, False), (True, False), (True, True)):
+            self._sampler.judge(logits_RV, RowDraws(*columns, *flags), starts, tested, 1)
+        # What needs penalties, masks or probabilities is judged in float32.
+        self._sampler.judge(logits_RV.float(), RowDraws(*columns), starts, tested, 1)
+        rows = 2
+        while rows < 2 * longest:
+            self._sampler.judge(logits_RV, RowDraws(*columns), starts, tested, rows)
+            rows *= 2
+        self._count, self._next_shape = 1, runner.shape(1, 1, 1)
+        nothing = torch.zeros(1, dtype=torch.int32, device=runner.device)
+        self._verdict = nothing, nothing
+        self._advance()
+        runner.wait()
+        self._verdict, self._count = None, 0
+
+    def _advance(self) -> None:
+        """Queue the next round's input, from the verdict."""
+        assert self._verdict is not None
+        device, inputs = self._arrays.device, self._runner.arrays.device
         count, rows, seqs = self._count, self._next_shape.rows, self._next_shape.seqs
         names = ("committed", "newest", "num_pending", "pending", "widths")
         state = RoundState(
@@ -154,8 +189,6 @@ class Verification:
         )
         tables, size = self._runner.tables.tables_LB, self._runner.block_size
         advance(state, *self._verdict, self._drafted.device["drafted"][:count], tables, size, following)
-        self.num_advanced += 1
-        self._queue(shape)
 
     def verdicts(self) -> list[tuple[int, int]]:
         """(accepted, token) per sequence: the round's one wait."""

@@ -107,6 +107,20 @@ def test_preemption_doesnt_change_the_text(tiny_dirs, prompts, hugging_face):
     assert found == hugging_face
 
 
+def test_deterministic_float32_gives_a_request_the_same_bits_alone_and_in_any_batch(tiny_dirs, prompts):
+    params = SamplingParams(temperature=0.9, max_tokens=16, seed=4, logprobs=2)
+
+    def rated(batch: list[list[int]], **options: object) -> tuple[list[int], list[object]]:
+        with LocalEngine(tiny_dirs, dtype="float32", deterministic=True, **options) as engine:
+            answer = engine.generate(batch, [params] * len(batch))[0].answers[0]
+            return answer.token_ids, answer.logprobs
+
+    alone = rated(prompts[:1], mode="ar")
+    assert rated(prompts, mode="ar") == alone
+    assert rated(prompts) == alone
+    assert rated(prompts, window=7, max_num_batched_tokens=16, on_device=True) == alone
+
+
 def test_acceptance_on_the_tiny_pair_is_what_makes_speculation_pay(tiny_dirs, prompts):
     with LocalEngine(tiny_dirs, window=4) as engine:
         requests = engine.generate(prompts, greedy(5))
