@@ -65,12 +65,25 @@ def make_parts(
         num_valid=num_valid,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
-        graphs=GraphPool(model.device, enabled=use_graphs, budget_s=GRAPH_SECONDS, budget_bytes=GRAPH_BYTES),
+        graphs=GraphPool(
+            model.device,
+            enabled=use_graphs,
+            budget_s=GRAPH_SECONDS,
+            budget_bytes=GRAPH_BYTES,
+            agree=lambda own: _leaders(own, group, model.device),
+        ),
     )
     sampler = make_sampler(model.device, group, model.vocab_sizes, num_valid)
     if role == "draft":
         return DeviceParts(runner, sampler, steps=DraftSteps(runner, sampler, max_window))
     return DeviceParts(runner, sampler, verification=Verification(runner, sampler, max_window))
+
+
+def _leaders(answer: bool, group: Group, device: torch.device) -> bool:
+    """Rank 0's answer, on every rank: a rank alone in a pass would wait for the others. Collective."""
+    if group.size == 1:
+        return answer
+    return bool(group.broadcast_(torch.tensor([int(answer)], device=device)).item())
 
 
 def can_capture(group: Group, attention_backend: str, *, enforce_eager: bool) -> bool:
@@ -141,6 +154,7 @@ def _profile_target(parts: DeviceParts, num_blocks: int, context: int) -> dict[i
         if start + rows > len(blocks) * size or rows > runner.max_rows:
             break
         entries = [Entry([0] * rows, start, blocks, rows)]
+        runner.capture([runner.shape(rows, 1, rows)])  # rounds of so many rows run as graphs
         seconds[rows] = _fastest(runner, lambda entries=entries: runner.logits(entries))
     return seconds
 

@@ -74,6 +74,7 @@ class DeviceTargetLoop(TargetLoop):
             of = dict(zip((work.seq_id for work in plan.works), drafted, strict=True))
             self.verification.begin([self._decoding(work, of[work.seq_id]) for work in self._judged])
         else:
+            self.verification.interrupt()
             self.runner.tables.keep(self.replica.sequences)
             logits_RV = self.runner.logits(self._entries(plan, drafted))
         if not in_turn:

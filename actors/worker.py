@@ -6,6 +6,7 @@ marked collective are called on all ranks of the model at once.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 
@@ -294,6 +295,9 @@ class ShardWorker:
         """Give back sockets and shared memory; the loop must have ended."""
         if self.bridge is not None:
             self.bridge.close()
+        # CUDA graphs with the group's sums in them keep NCCL's communicator from ending.
+        self._loop = self.runner = self.parts = None
+        gc.collect()
         if self._group is not None:
             self._group.close()
         for outbox in self._outboxes:

@@ -25,8 +25,17 @@ class GraphPool:
         num_replayed, num_called: runs either way.
     """
 
-    def __init__(self, device: torch.device, *, enabled: bool, budget_s: float, budget_bytes: int) -> None:
-        self._device = device
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        enabled: bool,
+        budget_s: float,
+        budget_bytes: int,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        """``agree``: makes one answer of all ranks' to whether the budget lasts: what is captured is collective."""
+        self._device, self._agree = device, agree
         self._enabled = enabled and device.type == "cuda"
         self._budget_s, self._budget_bytes = budget_s, budget_bytes
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
@@ -39,7 +48,7 @@ class GraphPool:
         """Make a graph of ``function``, which is called twice on the way; False where the budget is spent."""
         if not self._enabled or key in self._graphs:
             return key in self._graphs
-        if self.seconds >= self._budget_s or self.bytes >= self._budget_bytes:
+        if not self._agree(self.seconds < self._budget_s and self.bytes < self._budget_bytes):
             return False
         began, free = time.monotonic(), torch.cuda.mem_get_info(self._device)[0]
         reserved = torch.cuda.memory_reserved(self._device)

@@ -181,9 +181,13 @@ class PassRunner(ModelRunner):
             synchronize(event=event)
 
     def capture(self, shapes: Iterable[Shape]) -> None:
-        """Make graphs of these shapes, largest first, as far as the budget goes. Before the cache holds anything."""
+        """Make graphs of these shapes, as far as the budget goes. Before the cache holds anything.
+
+        The largest first, whose memory the others use, then from the smallest on, which gain most.
+        """
         host = self.arrays.host
-        for shape in sorted(set(shapes), key=lambda s: (s.rows, s.seqs, s.query), reverse=True):
+        ordered = sorted(set(shapes), key=lambda s: (s.rows, s.seqs, s.query))
+        for shape in ordered[-1:] + ordered[:-1]:
             self.pad(0, 0, shape)
             host["query_start"][:] = 0
             self.arrays.upload()

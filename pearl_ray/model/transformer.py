@@ -24,7 +24,6 @@ from pearl_ray.model.rope import inverse_frequencies, rope_tables
 from pearl_ray.model.sharding import ShardPlan
 from pearl_ray.model.source import WeightSource
 
-MAX_POSITIONS = 128 * 1024  # in the rotary tables where nobody says how many: 64 MiB for heads 128 wide
 _SPARE_POSITIONS = 1024  # for rows beyond the longest sequence, whose results nobody wants
 
 
@@ -56,7 +55,7 @@ class Transformer:
 
         Args:
             ops: what computes the layers; None: the fastest for the device and type.
-            max_positions: the longest sequence, for the rotary tables of GPUs; None: the model's, 131,072 at most.
+            max_positions: the longest sequence, for the rotary tables of GPUs; None: the model's.
             deterministic: a row's bits don't depend on what else is in the batch; ``attention`` must be so too.
 
         Raises:
@@ -74,7 +73,7 @@ class Transformer:
         self._frequencies = inverse_frequencies(config.rope, config.head_dim, angle_dtype).to(self.device)
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         if self._ops.reads_tables:
-            count = (max_positions or min(config.max_position_embeddings, MAX_POSITIONS)) + _SPARE_POSITIONS
+            count = (max_positions or config.max_position_embeddings) + _SPARE_POSITIONS
             cos, signed_sin = rope_tables(torch.arange(count, device=self.device), self._frequencies, dtype)
             self._tables = cos[:, 0], signed_sin[:, 0]
         vocab_rows = slice(self._shard.vocab.start, self._shard.vocab.stop)

@@ -71,7 +71,7 @@ class Verification:
         self._flags = {"is_filtered": False, "has_both": False}
         # (begin, end) of the last passes: the one judged, the one before it, and the one queued ahead.
         self._timers: list[Any] = [tuple(_events(2, self._is_cuda, timed=True)) for _ in range(3)]
-        self._num_passes = 0
+        self._num_passes, self._first = 0, 1  # the first pass since another kind of round
         [self._done] = _events(1, self._is_cuda, timed=False)
 
     def begin(self, sequences: Sequence[Decoding]) -> None:
@@ -200,13 +200,20 @@ class Verification:
         return list(zip(accepted, tokens, strict=True))
 
     def times(self, behind: int = 0) -> tuple[float, float]:
-        """Seconds of the last pass but ``behind``, and from the one before to it, on the device; it must be over."""
+        """Seconds of the last pass but ``behind``, and from the one before to it, on the device; it must be over.
+
+        0 for the latter where there is none before it, or a round of another kind between (:meth:`interrupt`).
+        """
         begin, end = self._timers[(self._num_passes - behind) % 3]
         _, before = self._timers[(self._num_passes - behind - 1) % 3]
+        is_first = self._num_passes - behind <= self._first
         if not self._is_cuda:
-            return end - begin, begin - before if before else 0.0
-        gap_s = before.elapsed_time(begin) / 1000 if self._num_passes - behind > 1 else 0.0
-        return begin.elapsed_time(end) / 1000, gap_s
+            return end - begin, 0.0 if is_first else begin - before
+        return begin.elapsed_time(end) / 1000, 0.0 if is_first else before.elapsed_time(begin) / 1000
+
+    def interrupt(self) -> None:
+        """A round of another kind runs: the device doesn't idle before the next pass."""
+        self._first = self._num_passes + 1
 
     def _queue(self, shape: Shape) -> None:
         self._shape = shape

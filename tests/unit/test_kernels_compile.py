@@ -29,6 +29,7 @@ def test_every_kernel_compiles_for_hopper_and_fits() -> None:
     assert done.returncode == 0, done.stderr[-6000:]
     shared = {name: int(size) for name, size in (line.split() for line in done.stdout.splitlines())}
     kernels = {"attend", "join", "_race", "_judge", "_pass", "_finish", "_collect", "_propose", "_accept", "_residual"}
+    kernels |= {"_advance", "_feed"}
     assert kernels <= set(shared)
     assert {name: size for name, size in shared.items() if size > MAX_SHARED} == {}
 
@@ -66,6 +67,7 @@ def compile_all() -> dict[str, int]:
     JITFunction.__getitem__ = compiling
     call_attention(torch)
     call_the_rest(torch)
+    call_rounds(torch)
     return shared
 
 
@@ -130,6 +132,33 @@ def call_the_rest(torch: Any) -> None:
             if choice != linear.TORCH:
                 linear.linear(torch.empty((count, 1024), dtype=bf16), torch.empty((64, 1024), dtype=bf16), None, choice)
         linear.fixed_linear(torch.empty((count, 1024), dtype=bf16), torch.empty((64, 1024), dtype=bf16), None)
+
+
+def call_rounds(torch: Any) -> None:
+    """Between two rounds, and between two draft steps: one sequence and row (constants to Triton), and many."""
+    from pearl_ray.kernels.advance import RoundInput, RoundState
+    from pearl_ray.kernels.advance_kernel import advance
+    from pearl_ray.kernels.draft_step import StepState
+    from pearl_ray.kernels.draft_step_kernel import feed
+    from pearl_ray.kernels.sampler import RowDraws
+
+    def ints(*shape: int) -> Any:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    def draws(count: int) -> Any:
+        kinds = (torch.int64, torch.int32, torch.int32, torch.float32, torch.int32, torch.float64, torch.float32)
+        return RowDraws(*(torch.zeros(count, dtype=kind) for kind in kinds))
+
+    for seqs, padded, rows in ((1, 1, 1), (3, 4, 12), (16, 16, 128), (200, 256, 512)):
+        one = [ints(seqs) for _ in range(3)]
+        state = RoundState(*one, ints(seqs, 64), ints(seqs), ints(seqs), draws(seqs))
+        following = RoundInput(
+            *(ints(rows) for _ in range(3)), ints(padded + 1), ints(padded), ints(rows + 1),
+            torch.zeros(padded, dtype=torch.int64), draws(rows),
+        )  # fmt: skip
+        advance(state, ints(seqs), ints(seqs), ints(seqs, 64), ints(1025, 13), 16, following)
+        step = StepState(*(ints(seqs) for _ in range(6)), ints(1), ints(64, seqs), draws(seqs))
+        feed(step, ints(seqs), ints(1025, 13), 16)
 
 
 if __name__ == "__main__":
