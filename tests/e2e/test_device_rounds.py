@@ -114,9 +114,11 @@ def test_the_rejection_rule_draws_what_the_hosts_rounds_draw(tiny_dirs, prompts,
 
 
 def test_preemption_among_rounds_queued_ahead_doesnt_change_the_text(tiny_dirs, prompts):
-    expected = answers(tiny_dirs, prompts, plain(), mode="ar")
-    with LocalEngine(tiny_dirs, num_blocks=26, block_size=4, max_num_batched_tokens=16, on_device=True) as engine:
-        assert texts(engine, prompts, plain()) == expected
+    """Two sequences fit when they join, and not when they have grown."""
+    params = [SamplingParams(temperature=0.0, max_tokens=72, ignore_eos=True)] * len(prompts)
+    expected = answers(tiny_dirs, prompts, params, mode="ar", num_blocks=128)
+    with LocalEngine(tiny_dirs, num_blocks=30, block_size=4, max_num_batched_tokens=16, on_device=True) as engine:
+        assert texts(engine, prompts, params) == expected
         assert engine.controller.statistics.preemptions > 0
 
 
