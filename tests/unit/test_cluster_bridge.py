@@ -7,6 +7,7 @@ import dataclasses
 import glob
 import logging
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -134,13 +135,16 @@ def test_a_trial_measures_at_the_drafts_leader_and_ends_at_every_shard(transport
         else (f"{server.address}/w", f"{server.address}/v")
     )
     tp = (2, 3)
+    all_done = threading.Barrier(sum(tp), timeout=25.0)  # as in the bring-up: nobody closes before all have opened
 
     def shard(role: str, rank: int) -> float | None:
         bridge = open_ends(transport, points, role, rank, tp)
         try:
-            return measure_round_trip(
+            seconds = measure_round_trip(
                 bridge, role, rank, num_sequences=4, window=3, rejection=rejection, budget_s=0.0, timeout_s=20.0
             )
+            all_done.wait()
+            return seconds
         finally:
             bridge.close()
 
