@@ -110,11 +110,12 @@ def test_preemption_doesnt_change_the_text(tiny_dirs, prompts):
     assert found == expected
 
 
-def test_deterministic_float32_gives_a_request_the_same_bits_alone_and_in_any_batch(tiny_dirs, prompts):
-    params = SamplingParams(temperature=0.9, max_tokens=16, seed=4, logprobs=2)
+@pytest.mark.parametrize(("dtype", "num_tokens"), [("float32", 16), ("bfloat16", 80)])
+def test_deterministic_gives_a_request_the_same_bits_alone_and_in_any_batch(tiny_dirs, prompts, dtype, num_tokens):
+    params = SamplingParams(temperature=0.9, max_tokens=num_tokens, seed=4, logprobs=2, ignore_eos=True)
 
     def rated(batch: list[list[int]], **options: object) -> tuple[list[int], list[object]]:
-        with LocalEngine(tiny_dirs, dtype="float32", deterministic=True, **options) as engine:
+        with LocalEngine(tiny_dirs, dtype=dtype, deterministic=True, num_blocks=128, **options) as engine:
             answer = engine.generate(batch, [params] * len(batch))[0].answers[0]
             return answer.token_ids, answer.logprobs
 
