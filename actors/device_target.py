@@ -43,7 +43,6 @@ class DeviceTargetLoop(TargetLoop):
     verification: Verification | None = None
     free_rows: int = FREE_ROWS
     num_ahead: int = 0
-    _under_way: RoundPlan | None = None
     _is_ahead: bool = False
     _judged: list[Work] = field(default_factory=list)
 
