@@ -115,7 +115,7 @@ def capture(role: str, parts: DeviceParts, max_width: int) -> None:
 def verification_shapes(runner: PassRunner, max_width: int) -> Iterator[Shape]:
     """The shapes of decoding passes: every number of sequences, rows for windows up to ``max_width``."""
     fewest = 1
-    for seqs in (size for size in SEQUENCE_BUCKETS if fewest <= runner.max_seqs):
+    for seqs in SEQUENCE_BUCKETS:
         if fewest > runner.max_seqs:
             return
         most = min(seqs, runner.max_seqs)
@@ -145,13 +145,10 @@ def profile(role: str, parts: DeviceParts, num_blocks: int, context: int) -> dic
 
 def _profile_target(parts: DeviceParts, num_blocks: int, context: int) -> dict[int, float]:
     runner = parts.runner
-    size = runner.block_size
-    most = min(num_blocks, runner.max_context // size)  # beyond that no table reaches
-    blocks = list(range(min(most, -(-(context + TARGET_ROWS[-1]) // size))))
-    start = min(context, len(blocks) * size // 2)
+    blocks, start, room = _place(runner, num_blocks, context, TARGET_ROWS[-1])
     seconds = {}
     for rows in TARGET_ROWS:
-        if start + rows > len(blocks) * size or rows > runner.max_rows:
+        if rows > min(room, runner.max_rows):
             break
         entries = [Entry([0] * rows, start, blocks, rows)]
         runner.capture([runner.shape(rows, 1, rows)])  # rounds of so many rows run as graphs
@@ -163,13 +160,10 @@ def _profile_draft(parts: DeviceParts, num_blocks: int, context: int) -> dict[in
     """A step's seconds, with its sampling: of a window of several less a window of one."""
     runner, steps = parts.runner, parts.steps
     assert steps is not None
-    size = runner.block_size
-    most = min(num_blocks, runner.max_context // size)
-    blocks = list(range(min(most, -(-(context + MAX_WINDOW) // size))))
-    start = min(context, len(blocks) * size // 2)
+    blocks, start, room = _place(runner, num_blocks, context, MAX_WINDOW)
     seconds = {}
     for count in DRAFT_SEQUENCES:
-        if count > runner.max_seqs or start + PROFILE_STEPS > len(blocks) * size:
+        if count > runner.max_seqs or room < PROFILE_STEPS:
             break
         first = [Entry([0], start, blocks, 1)] * count
         row = Row(SamplingParams(temperature=0.0), 0, 0, start + 1)
@@ -180,6 +174,15 @@ def _profile_draft(parts: DeviceParts, num_blocks: int, context: int) -> dict[in
         one, several = (_fastest(runner, lambda limit=limit: window(limit)) for limit in (1, PROFILE_STEPS))
         seconds[count] = max((several - one) / (PROFILE_STEPS - 1), 1e-6)
     return seconds
+
+
+def _place(runner: PassRunner, num_blocks: int, context: int, wanted: int) -> tuple[list[int], int, int]:
+    """Blocks, the first position to measure at behind ``context`` tokens or what there is, and the room from there."""
+    size = runner.block_size
+    most = min(num_blocks, runner.max_context // size)  # beyond that no table reaches
+    blocks = list(range(min(most, -(-(context + wanted) // size))))
+    start = min(context, len(blocks) * size // 2)
+    return blocks, start, len(blocks) * size - start
 
 
 def _fastest(runner: PassRunner, function: Callable[[], object]) -> float:

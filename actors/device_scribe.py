@@ -25,10 +25,10 @@ def is_plain(row: Row, *, with_grammars: bool = True) -> bool:
 
 
 class DeviceScribe:
-    """See ``draft_loop``: write, then make the window's message."""
+    """See ``draft_loop``: write, then make the window's message. ``first``: what step 1 feeds."""
 
-    def __init__(self, replica: Replica, steps: DraftSteps, plan: RoundPlan) -> None:
-        self._replica, self._steps, self._plan = replica, steps, plan
+    def __init__(self, replica: Replica, steps: DraftSteps, plan: RoundPlan, first: list[Entry]) -> None:
+        self._replica, self._steps, self._plan, self._first = replica, steps, plan, first
         self._works = [work for work in plan.works if work.num_drafted]
         self._rows = []
         for work in self._works:
@@ -49,19 +49,13 @@ class DeviceScribe:
 
     def write(self) -> list[tuple[Node, ...]]:
         """Draft; returns the nodes per work of the plan."""
-        replica, first = self._replica, []
-        for work in self._plan.works:
-            if work.draft_fed:
-                tokens, start = replica.draft_entry(work)
-                blocks = replica.sequences[work.seq_id].draft_blocks
-                first.append(Entry(tokens, start, blocks, int(work.num_drafted > 0), work.seq_id))
         writers = []
         for work, row in zip(self._works, self._rows, strict=True):
-            sequence = replica.sequences[work.seq_id]
+            sequence = self._replica.sequences[work.seq_id]
             rejection = sequence.join.rejection
             writers.append(Writer(work.seq_id, sequence.draft_blocks, row, work.num_drafted, rejection))
-        if first:
-            self._drafted = self._steps.write(first, writers)
+        if self._first:
+            self._drafted = self._steps.write(self._first, writers)
         columns = iter(self._drafted.tokens_WS.T.tolist())
         return [
             tuple(Node(token, i - 1) for i, token in enumerate(next(columns)[: work.num_drafted]))

@@ -75,21 +75,40 @@ class DraftLoop:
             self.coordinator.send(DraftSummary(number, checksum, *times, scribe.num_steps, advance_s))
 
     def _scribe(self, plan: RoundPlan) -> _Scribe | DeviceScribe:
+        first = self._first_entries(plan)
         if self.steps is not None:
             self.steps.keep(self.replica.sequences)
-            scribe = DeviceScribe(self.replica, self.steps, plan)
+            scribe = DeviceScribe(self.replica, self.steps, plan, first)
             if scribe.is_able(with_grammars=self.grammars is not None):
                 return scribe
-        return _Scribe(self.replica, self.runner, plan, self.grammars)
+        return _Scribe(self.replica, self.runner, plan, first, self.grammars)
+
+    def _first_entries(self, plan: RoundPlan) -> list[Entry]:
+        """Step 1: what the cache lacks, prefill chunks too."""
+        entries = []
+        for work in plan.works:
+            if work.draft_fed:
+                tokens, start = self.replica.draft_entry(work)
+                blocks = self.replica.sequences[work.seq_id].draft_blocks
+                entries.append(Entry(tokens, start, blocks, int(work.num_drafted > 0), work.seq_id))
+        return entries
 
 
 class _Scribe:
-    """One round's drafting: step 1 feeds what the cache lacks (prefill chunks too), the others one token each."""
+    """One round's drafting: step 1 feeds ``first``, the others one token each."""
 
-    def __init__(self, replica: Replica, runner: ModelRunner, plan: RoundPlan, grammars: Grammars | None) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        runner: ModelRunner,
+        plan: RoundPlan,
+        first: list[Entry],
+        grammars: Grammars | None,
+    ) -> None:
         self._replica = replica
         self._runner = runner
         self._plan = plan
+        self._first = first
         self._grammars = grammars
         self._made: dict[int, list[int]] = {work.seq_id: [] for work in plan.works}
         self._proposals: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {work.seq_id: [] for work in plan.works}
@@ -97,15 +116,9 @@ class _Scribe:
 
     def write(self) -> list[tuple[Node, ...]]:
         """Draft; returns the nodes per work of the plan."""
-        first = []
-        for work in self._plan.works:
-            if work.draft_fed:
-                tokens, start = self._replica.draft_entry(work)
-                blocks = self._replica.sequences[work.seq_id].draft_blocks
-                first.append(Entry(tokens, start, blocks, int(work.num_drafted > 0), work.seq_id))
         writing = [work for work in self._plan.works if work.num_drafted]
-        if first:
-            self._step(first, writing)
+        if self._first:
+            self._step(self._first, writing)
         while writing := [w for w in writing if len(self._made[w.seq_id]) < w.num_drafted]:
             self._step([self._next_entry(work) for work in writing], writing)
         return [

@@ -14,13 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pearl_ray.core.batch import StaticBatch
 from pearl_ray.core.messages import MAX_PROPOSALS
 from pearl_ray.core.sampling import Row
 from pearl_ray.kernels.draft_step import StepState, feed
 from pearl_ray.kernels.sampler import RowDraws, Sampler, draw_columns, filter_flags
 from pearl_ray.model.batching import Entry
-from pearl_ray.model.passes import SEQUENCE_BUCKETS, PassRunner, padded
+from pearl_ray.model.passes import SEQUENCE_BUCKETS, PassRunner, Shape, padded
 from pearl_ray.model.staging import Staging
 
 DRAWS = (
@@ -171,19 +170,8 @@ class DraftSteps:
 
     def _step(self, size: int, variant: Variant) -> None:
         """One token per sequence, from the last one drawn."""
-        device, tables = self._arrays.device, self._runner.tables
-        batch = StaticBatch(
-            token_ids_T=device["token_ids"][:size],
-            positions_T=device["positions"][:size],
-            slots_T=device["slots"][:size],
-            query_start_S1=device["query_start"][: size + 1],
-            context_lens_S=device["context_lens"][:size],
-            block_tables_SB=tables.tables_LB.index_select(0, device["lanes"][:size]),
-            output_rows_R=None,
-            max_query_len=1,
-            max_context_len=self._runner.max_context,
-        )
-        self._end(self._runner.forward(batch), size, variant)
+        logits_SV = self._runner.forward(self._arrays.device, Shape(size, size, 1))
+        self._end(logits_SV, size, variant)
 
     def _end(self, logits_SV: torch.Tensor, count: int, variant: Variant) -> None:
         """Draw a token per sequence, keep it, and make it the next step's input."""

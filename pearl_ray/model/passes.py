@@ -9,7 +9,7 @@ Shapes: T rows and S sequences of a pass, both padded up to a bucket; V this ran
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,23 +148,21 @@ class PassRunner(ModelRunner):
         self.graphs.run(shape, lambda: self._pass(shape))
 
     def _pass(self, shape: Shape) -> None:
-        device = self.arrays.device
-        lanes = device["lanes"][: shape.seqs]
+        self.logits_RV[: shape.rows] = self.forward(self.arrays.device, shape)
+
+    def forward(self, arrays: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
+        """This rank's logits ``[R, V]`` of a pass over arrays named like :attr:`arrays`' own; launches, no wait."""
         batch = StaticBatch(
-            token_ids_T=device["token_ids"][: shape.rows],
-            positions_T=device["positions"][: shape.rows],
-            slots_T=device["slots"][: shape.rows],
-            query_start_S1=device["query_start"][: shape.seqs + 1],
-            context_lens_S=device["context_lens"][: shape.seqs],
-            block_tables_SB=self.tables.tables_LB.index_select(0, lanes),
+            token_ids_T=arrays["token_ids"][: shape.rows],
+            positions_T=arrays["positions"][: shape.rows],
+            slots_T=arrays["slots"][: shape.rows],
+            query_start_S1=arrays["query_start"][: shape.seqs + 1],
+            context_lens_S=arrays["context_lens"][: shape.seqs],
+            block_tables_SB=self.tables.tables_LB.index_select(0, arrays["lanes"][: shape.seqs]),
             output_rows_R=None,
             max_query_len=shape.query,
             max_context_len=self.max_context,
         )
-        self.logits_RV[: shape.rows] = self.forward(batch)
-
-    def forward(self, batch: StaticBatch) -> torch.Tensor:
-        """This rank's logits ``[R, V]`` of a static batch."""
         return self._model.local_logits(self._model.forward(batch, self._cache))
 
     def wait(self, event: torch.cuda.Event | None = None) -> None:

@@ -55,7 +55,7 @@ class Verification:
         self._runner, self._sampler = runner, sampler
         self._is_cuda = runner.device.type == "cuda"
         device, rows, seqs = runner.device, runner.max_rows, padded(runner.max_seqs, SEQUENCE_BUCKETS)
-        self._seqs, self._width = seqs, max_window
+        self._width = max_window
         layout: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"tested": ((rows + 1,), np.int32)}
         layout |= {"newest_rows": ((seqs,), np.int64)}
         layout |= {f"row_{name}": ((rows,), kind) for name, kind in DRAWS}
