@@ -7,6 +7,7 @@ ifeq ($(strip $(PYTHON)),)
 PYTHON := python3
 endif
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 KERNELS := $(VENV)/.triton
@@ -33,11 +34,12 @@ $(KERNELS): $(STAMP)
 demo: $(STAMP)
 	$(BIN)/pearl-ray demo
 
+# Two at once, in the files' order: files with Ray in one of them, the others where there is room.
 test: $(STAMP) $(KERNELS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 test-slow: $(STAMP) $(KERNELS)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" --hypothesis-profile=explore
 
 test-browser: $(STAMP)
 	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || \

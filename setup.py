@@ -16,6 +16,7 @@ BENCH = ["matplotlib>=3.8", "scipy>=1.11", "openai>=1.40", "httpx>=0.27"]
 DEV = [
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "httpx>=0.27",
     "ruff>=0.8",

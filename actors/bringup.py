@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pearl_ray.actors.bridging import open_bridge, take_bridge
 from pearl_ray.actors.draft_shard import DraftShard
+from pearl_ray.actors.handles import OWN_PRIORITY
 from pearl_ray.actors.spec import (
     BridgeWiring,
     DeploymentSpec,
@@ -80,7 +81,10 @@ def place(spec: DeploymentSpec, group: PlacementGroup, bundles: Sequence[Bundle]
         cls = DraftShard if bundle.role == "draft" else TargetShard
         resources = bundle.resources
         shards[bundle.role, bundle.rank] = cls.options(
-            num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), scheduling_strategy=strategy
+            num_cpus=resources.get("CPU", 0),
+            num_gpus=resources.get("GPU", 0),
+            scheduling_strategy=strategy,
+            runtime_env=dict(OWN_PRIORITY),
         ).remote(spec, bundle.rank)
     return shards
 

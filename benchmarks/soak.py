@@ -30,9 +30,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pearl_ray.cluster.ray_session import open_session
 from pearl_ray.config import PearlConfig
-from pearl_ray.deployment import deploy, stop_deployment
+from pearl_ray.deployment import deploy
 from pearl_ray.model.loading import model_path
 from pearl_ray.model.tokenizer import load_tokenizer
+from pearl_ray.running import stop_deployment
 from pearl_ray.serving.http_actor import start_http_actor
 from pearl_ray.serving.http_handle import find_http_actor
 from pearl_ray.serving.settings import ServerSettings

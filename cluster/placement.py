@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pearl_ray.cluster.devices import Device
 from pearl_ray.core.errors import PlacementError
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
+
+    from pearl_ray.cluster.devices import Device
 
 Role = Literal["coordinator", "draft", "target"]
 Resources = Mapping[str, float]

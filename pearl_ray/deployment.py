@@ -1,33 +1,29 @@
-"""Starting, finding and ending deployments on a Ray cluster. Ray must have been joined (`cluster.ray_session`).
+"""Starting deployments on a Ray cluster; what runs is `running`'s. Ray must have been joined (`cluster.ray_session`).
 
 Everything that can be refused is refused before the first actor is made: models are opened, memory and bundles checked.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import time
 from collections.abc import Callable
 
 import ray
-from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pearl_ray import env
 from pearl_ray.actors.coordinator import Coordinator
-from pearl_ray.actors.handles import COORDINATOR, deployment_names, find_coordinator, namespace_of
+from pearl_ray.actors.handles import COORDINATOR, OWN_PRIORITY, find_coordinator, namespace_of
 from pearl_ray.actors.spec import DeploymentSpec
 from pearl_ray.client import Client, raise_cause
 from pearl_ray.cluster.placement import create_placement_group, plan_bundles, remove_placement_group
 from pearl_ray.config import PearlConfig, ResolvedConfig, resolve
-from pearl_ray.core.errors import ConfigError, DeploymentNotFoundError, PearlError
+from pearl_ray.core.errors import ConfigError
 from pearl_ray.model.loading import Models, model_path, open_models
 from pearl_ray.model.sharding import ShardPlan
 
 Progress = Callable[[str, int, int], None]
 POLL_S = 0.1
-STOP_TIMEOUT_S = 30.0
 
 
 def check_models(config: PearlConfig, progress: Progress | None = None) -> Models:
@@ -92,6 +88,7 @@ def deploy(
             lifetime="detached" if detached else None,
             num_cpus=bundles[0].resources.get("CPU", 0),
             scheduling_strategy=strategy,
+            runtime_env=dict(OWN_PRIORITY),
         ).remote(spec, bundles, group)
         _await_start(coordinator, report)
     except ray.exceptions.RayError as error:
@@ -161,60 +158,3 @@ def _spec(config: PearlConfig, name: str, models: Models) -> DeploymentSpec:
         bridge=resolved.bridge,
         deterministic=resolved.deterministic,
     )
-
-
-def stop_deployment(name: str = "default", *, timeout_s: float = STOP_TIMEOUT_S) -> None:
-    """End a deployment: the shards finish their round, then everything is removed.
-
-    Raises:
-        DeploymentNotFoundError: there is none of that name.
-    """
-    coordinator = find_coordinator(name)
-    group = _placement_group(name)
-    if coordinator is None and group is None:
-        raise DeploymentNotFoundError(f"no deployment {name!r} on this Ray cluster; running: {_running()}")
-    if coordinator is not None:
-        with contextlib.suppress(ray.exceptions.RayError):  # it may be dead or hung: it is removed all the same
-            ray.get(coordinator.shutdown.remote(), timeout=timeout_s)
-        ray.kill(coordinator)
-    if group is not None:
-        remove_placement_group(group)
-    _await_gone(name, timeout_s)
-
-
-def _await_gone(name: str, timeout_s: float) -> None:
-    """Ray takes a killed actor's name away a moment later; the name is free when this returns."""
-    deadline = time.monotonic() + timeout_s
-    while find_coordinator(name) is not None:
-        if time.monotonic() > deadline:
-            raise PearlError(f"deployment {name!r} is still there after {timeout_s:g} s")
-        time.sleep(0.05)
-
-
-def _placement_group(name: str) -> PlacementGroup | None:
-    """Left behind where a detached coordinator was killed."""
-    try:
-        return ray.util.get_placement_group(f"pearl-{name}")
-    except ValueError:
-        return None
-
-
-def _running() -> str:
-    return ", ".join(deployment_names()) or "none"
-
-
-def deployment_status(name: str = "default") -> dict[str, object]:
-    """What a deployment says of itself.
-
-    Raises:
-        DeploymentNotFoundError: there is none of that name.
-    """
-    coordinator = find_coordinator(name)
-    if coordinator is None:
-        raise DeploymentNotFoundError(f"no deployment {name!r} on this Ray cluster; running: {_running()}")
-    return Client(name, coordinator).status()
-
-
-def list_deployments() -> list[str]:
-    """Names of the deployments on this cluster."""
-    return deployment_names()

@@ -13,9 +13,10 @@ from pearl_ray.client import Client
 from pearl_ray.cluster.ray_session import open_session
 from pearl_ray.config import PearlConfig
 from pearl_ray.core.errors import PearlError
-from pearl_ray.deployment import check_models, deploy, stop_deployment
+from pearl_ray.deployment import check_models, deploy
 from pearl_ray.model.loading import model_path
 from pearl_ray.model.tokenizer import Tokenizer, load_tokenizer
+from pearl_ray.running import stop_deployment
 
 
 class PearlEngine(Client):

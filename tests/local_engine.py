@@ -5,6 +5,7 @@ Starts in a fraction of a second, so that tests can go through many arrangements
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 import threading
@@ -30,7 +31,7 @@ from pearl_ray.cluster.shm import arena_path
 from pearl_ray.core.blocks import BlockPool
 from pearl_ray.core.comm import Group
 from pearl_ray.core.controller import Controller, ControllerConfig
-from pearl_ray.core.messages import DraftSummary, RoundSummary, Stop
+from pearl_ray.core.messages import DraftSummary, Message, RoundSummary, Stop
 from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.phases import Mode
 from pearl_ray.core.replica import Replica
@@ -42,10 +43,21 @@ from pearl_ray.model.grammar import GrammarCompiler
 from pearl_ray.model.kv_cache import KVCache
 from pearl_ray.model.loading import LoadedModel, Models, Role, load_model, open_models
 from pearl_ray.model.runner import ModelRunner
+from tests.together import Pace
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0  # loaded machines stall
 MAX_WINDOW = 64
 _CAPTURING = threading.Lock()
+
+
+class PacedOutbox(Outbox):
+    """An outbox that goes no faster than its pace."""
+
+    pace: Pace
+
+    def send(self, message: Message) -> None:
+        super().send(message)
+        self.pace.wait()
 
 
 class LocalEngine:
@@ -72,8 +84,13 @@ class LocalEngine:
         attention_backend: str = "torch",
         use_graphs: bool = False,
         deterministic: bool = False,
+        most_ahead: int | None = None,
     ) -> None:
-        """``on_device``: the loops, passes and samplers of GPUs; on a CPU with torch in the kernels' place."""
+        """``on_device``: the loops, passes and samplers of GPUs; on a CPU with torch in the kernels' place.
+
+        ``most_ahead``: rounds that the shards do before the coordinator has heard of them, on however slow a machine.
+        """
+        self._pace = Pace(most_ahead)
         self._draft_grammars, self._on_device = draft_grammars, on_device
         self._deterministic = deterministic
         self._device, self._backend, self._use_graphs = torch.device(device), attention_backend, use_graphs
@@ -92,6 +109,7 @@ class LocalEngine:
         self._inbox = Inbox(folder=self._folder)
         self._arenas = {name: arena_path(name) for name in ("target", "draft", "windows", "verdicts")}
         self._closing: list[object] = []
+        self._numbers = itertools.count()
         self.errors: list[BaseException] = []
         pools = [BlockPool(num_blocks, block_size, prefix_caching=True) for _ in range(2)]
         self.controller = Controller(
@@ -158,7 +176,11 @@ class LocalEngine:
         replica = Replica(self._limits, block_size)
         bridge = self._bridge(role, rank) if "draft" in self._tp else None
         inbox = self._inboxes[role, rank]
-        outbox = Outbox(self._inbox.endpoint) if rank == 0 else None
+        outbox = None
+        if rank == 0:
+            outbox = PacedOutbox(self._inbox.endpoint) if role == "target" else Outbox(self._inbox.endpoint)
+        if isinstance(outbox, PacedOutbox):
+            outbox.pace = self._pace
         self._closing += [group, bridge, outbox]
         grammars = Grammars(lambda: GrammarCompiler(self.models.tokenizer, runner.num_valid))
         if role == "draft":
@@ -215,7 +237,7 @@ class LocalEngine:
         """Queue one request; one whose grammar is no good is refused, as by the coordinator."""
         if params.structured_outputs is not None:
             self._compiler.check(params.structured_outputs)
-        request = self.controller.submit(f"r{time.monotonic_ns()}", None, prompt, params)
+        request = self.controller.submit(f"r{next(self._numbers)}", None, prompt, params)
         self.flush()
         return request
 
@@ -225,6 +247,13 @@ class LocalEngine:
         if diff is not None:
             for outbox in self._outboxes:
                 outbox.send(diff)
+
+    def wait_until_up(self) -> None:
+        """Until every shard has its loop."""
+        while len(self.target_loops) + len(self.draft_loops) < len(self._threads):
+            if self.errors:
+                raise self.errors[0]
+            time.sleep(0.01)
 
     def run(self) -> None:
         """Hear of rounds until every request has ended."""
@@ -237,6 +266,8 @@ class LocalEngine:
             elif isinstance(message, DraftSummary):
                 self.controller.on_draft(message)
             self.flush()
+            if isinstance(message, RoundSummary):
+                self._pace.hear()
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Request]:
         """Answer all prompts together."""
@@ -246,6 +277,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Stop the loops; raises what one of them died of."""
+        self._pace.hear(1 << 30)
         self._outboxes[0].send(Stop())
         for thread in self._threads:
             thread.join(TIMEOUT_S)

@@ -1,4 +1,7 @@
-"""A coordinator without models for the server's tests: one character per token, an answer that is known beforehand."""
+"""A coordinator without models for the server's tests: one character per token, an answer that is known beforehand.
+
+And servers over it, and clients that wait for what must come, however slow the machine is.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
+
+import httpx
 
 from pearl_ray.actors.clients import Batch
 from pearl_ray.core.errors import PearlError, QueueFullError
@@ -23,6 +28,8 @@ from pearl_ray.serving.settings import ServerSettings
 ANSWER = "The quick brown fox jumps over the lazy dog. "
 VOCAB_SIZE = 0x3000
 MAX_MODEL_LEN = 2000
+WAIT_S = 60.0  # for what must come, however loaded the machine is
+HOLD_POLL_S = 0.005
 # The origins of a first round, and of those after it in turn.
 FIRST: tuple[Origin, ...] = ("prefill",)
 ROUNDS: tuple[tuple[Origin, ...], ...] = (
@@ -70,15 +77,20 @@ class FakeEngine:
         delay_s: between rounds.
         room: requests that may run; more raise ``QueueFullError``.
         once: the text ends the answer, instead of beginning again.
+        held: while it is true no answer goes on after its first round, however long that takes; set it from any thread.
         running, aborted: request ids.
+        refused: calls that found no room.
         submitted: the parameters of all requests.
         state: what status() says.
     """
 
-    def __init__(self, delay_s: float = 0.0, room: int = 1000, text: str = ANSWER, once: bool = False) -> None:
-        self.delay_s, self.room, self.text, self.once = delay_s, room, text, once
+    def __init__(
+        self, delay_s: float = 0.0, room: int = 1000, text: str = ANSWER, once: bool = False, held: bool = False
+    ) -> None:
+        self.delay_s, self.room, self.text, self.once, self.held = delay_s, room, text, once, held
         self.running: dict[str, asyncio.Task[None]] = {}
         self.aborted: list[str] = []
+        self.refused = 0
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.clients: set[str] = set()
         self.state: dict[str, Any] = {"state": "ready", "error": None}
@@ -89,6 +101,7 @@ class FakeEngine:
         self, client_id: str, prompts: Sequence[list[int]], params: Sequence[SamplingParams], request_ids: Sequence[str]
     ) -> None:
         if len(self.running) + len(prompts) > self.room:
+            self.refused += 1
             raise QueueFullError("1 sequences wait and max_waiting_requests is 1; retry later")
         self.clients.add(client_id)
         for request_id, prompt, param in zip(request_ids, prompts, params, strict=True):
@@ -109,6 +122,8 @@ class FakeEngine:
             for index in range(params.n):
                 self._put(request_id, index, part, origins[: len(part)], params, reason if at == len(text) else None)
             await asyncio.sleep(self.delay_s)
+            while self.held:
+                await asyncio.sleep(HOLD_POLL_S)
         outputs = [_answer(index, text, params, reason) for index in range(params.n)]
         self._finish(request_id, prompt, params, outputs)
 
@@ -156,10 +171,11 @@ class FakeEngine:
         return batch
 
     async def abort(self, request_id: str) -> None:
-        task = self.running.pop(request_id, None)
+        task = self.running.get(request_id)
         if task is not None:
             task.cancel()
-            self.aborted.append(request_id)
+            self.aborted.append(request_id)  # first: a test looks from another thread, at any moment
+            del self.running[request_id]
 
     def fail(self, error: PearlError) -> None:
         """The coordinator dies."""
@@ -212,7 +228,7 @@ def _prompt_logprobs(prompt: list[int], params: SamplingParams) -> list[dict[int
     return [None, *({token: Logprob(-1.0 - i, 2, chr(token)), **tops} for i, token in enumerate(prompt[1:]))]
 
 
-def wait_until(condition: Any, timeout_s: float = 5.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = WAIT_S) -> None:
     """Poll, from another thread than the server's."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -229,3 +245,40 @@ def serving(
         if engine is not None:
             server.attach(engine, Model(tokenizer or FakeTokenizer(), MAX_MODEL_LEN))
         yield server
+
+
+def client_of(server: HttpServer) -> httpx.Client:
+    """A client for its paths, with patience."""
+    return httpx.Client(base_url=server.url, timeout=WAIT_S)
+
+
+@contextmanager
+def asking(
+    engine: FakeEngine | None = None, tokenizer: FakeTokenizer | None = None, **settings: Any
+) -> Iterator[httpx.Client]:
+    """:func:`serving`, of which only a client is needed."""
+    with serving(engine, tokenizer, **settings) as server, client_of(server) as client:
+        yield client
+
+
+def scraped(url: str) -> str:
+    """The figures with the coordinator's among them, which a scrape goes without if they don't come within seconds."""
+    texts = [""]
+
+    def is_whole() -> bool:
+        texts.append(httpx.get(f"{url}/metrics", timeout=WAIT_S).text)
+        return "pearl:num_requests_running" in texts[-1]
+
+    wait_until(is_whole)
+    return texts[-1]
+
+
+def is_refused(url: str) -> bool:
+    """Whether nobody listens there."""
+    try:
+        httpx.get(f"{url}/health", timeout=WAIT_S)
+    except httpx.ConnectError:
+        return True
+    except httpx.TransportError:  # it is ending
+        pass
+    return False

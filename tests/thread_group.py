@@ -11,6 +11,8 @@ import torch
 
 T = TypeVar("T")
 
+PATIENCE_S = 120.0  # for a rank that doesn't come: loaded machines stall
+
 
 class ThreadGroup:
     """One rank; all ranks share a barrier and a board."""
@@ -20,9 +22,9 @@ class ThreadGroup:
         self._barrier, self._board = barrier, board
 
     def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
-        self._barrier.wait(30)
+        self._barrier.wait(PATIENCE_S)
         self._board[self.rank] = x.clone()
-        self._barrier.wait(30)
+        self._barrier.wait(PATIENCE_S)
         return [part for part in self._board if part is not None]
 
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+PATIENCE_S = 120.0  # longer than any deadline that a party has of its own: loaded machines stall
+
 
 def together(*jobs: Callable[[], object]) -> list[object]:
     """What each job returns or raises, all run at once in threads."""
@@ -20,6 +22,26 @@ def together(*jobs: Callable[[], object]) -> list[object]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive(), "a party hangs"
     return results
+
+
+class Pace:
+    """Holds one party back until another has heard of all but ``most_ahead`` of what it told; None: never."""
+
+    def __init__(self, most_ahead: int | None) -> None:
+        self._most_ahead, self._num_ahead, self._changed = most_ahead, 0, threading.Condition()
+
+    def wait(self) -> None:
+        """Something was told."""
+        if self._most_ahead is not None:
+            with self._changed:
+                self._num_ahead += 1
+                self._changed.wait_for(lambda: self._num_ahead <= self._most_ahead, PATIENCE_S)
+
+    def hear(self, count: int = 1) -> None:
+        """So much of it was heard of."""
+        with self._changed:
+            self._num_ahead -= count
+            self._changed.notify_all()

@@ -92,7 +92,8 @@ def _serve_here(
 
 def _serve_detached(config: PearlConfig, name: str, settings: ServerSettings, host: str, port: int) -> None:
     """The HTTP server in an actor beside the coordinator."""
-    from pearl_ray.deployment import deploy, stop_deployment
+    from pearl_ray.deployment import deploy
+    from pearl_ray.running import stop_deployment
     from pearl_ray.serving.http_actor import start_http_actor
 
     with loading_bars(progress_console()) as progress:
@@ -126,7 +127,7 @@ def _hold(client: Client, server: HttpServer, trace: str | None, shutdown_timeou
         EngineDeadError: the deployment failed by itself.
         DeploymentNotFoundError: it was stopped by somebody else.
     """
-    from pearl_ray.deployment import deployment_status, stop_deployment
+    from pearl_ray.running import deployment_status, stop_deployment
 
     with _signals() as arrived:
         while not select.select([arrived], [], [], POLL_SECONDS)[0]:

@@ -37,7 +37,7 @@ def _joined_ray(address: str | None, name: str | None) -> Iterator[None]:
 @debug_option()
 def status(name: str | None, as_json: bool, ray_address: str | None) -> None:
     """Show the deployments that run on the Ray cluster."""
-    from pearl_ray.deployment import deployment_status, list_deployments
+    from pearl_ray.running import deployment_status, list_deployments
 
     console = output_console()
     with _joined_ray(ray_address, name):
@@ -78,7 +78,7 @@ def rows(found: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]
 @debug_option()
 def stop(name: str, shutdown_timeout: float, ray_address: str | None) -> None:
     """Stop a deployment: take no new requests, let those that run end, then the actors; give back what they held."""
-    from pearl_ray.deployment import stop_deployment
+    from pearl_ray.running import stop_deployment
     from pearl_ray.serving.http_handle import drain_http_actor, find_http_actor
 
     with _joined_ray(ray_address, name):

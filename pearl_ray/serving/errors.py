@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 RETRY_AFTER_S = 1
+_NAME_CHARS = 64
 _BRANCHES = frozenset(["str", "NamedToolChoice"])  # of unions in the bodies
 
 
@@ -96,7 +97,7 @@ def invalid_body(errors: Sequence[Mapping[str, object]]) -> ApiError:
     first = min(errors, key=lambda error: (error["type"] != "extra_forbidden", str(error["type"]).endswith("_type")))
     location = first["loc"]
     assert isinstance(location, tuple)
-    path = [str(part) for part in location[1:] if not _names_a_type(part)]
+    path = [_shown(str(part)) for part in location[1:] if not _names_a_type(part)]
     param = ".".join(path) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unrecognized request field: {param}", param=param, code="unknown_parameter")
@@ -105,6 +106,11 @@ def invalid_body(errors: Sequence[Mapping[str, object]]) -> ApiError:
     where = f"{param}: " if param else ""
     found = f", not {quoted(first['input'])}" if param and first["type"] != "missing" else ""
     return ApiError(400, f"{where}{first['msg']}{found}", param=param, code="invalid_value")
+
+
+def _shown(name: str) -> str:
+    """A field's name, which may be anything that the body holds: as it is, or quoted where that breaks the line."""
+    return name if name.isprintable() and 0 < len(name) <= _NAME_CHARS else quoted(name)
 
 
 def _names_a_type(part: object) -> bool:

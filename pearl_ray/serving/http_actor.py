@@ -16,7 +16,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pearl_ray.actors.handles import find_coordinator, namespace_of
+from pearl_ray.actors.handles import OWN_PRIORITY, find_coordinator, namespace_of
 from pearl_ray.core.errors import DeploymentNotFoundError, PearlError
 from pearl_ray.serving.backend import Model, RayEngine, Tokenizer
 from pearl_ray.serving.http_handle import HTTP_SERVER, find_http_actor
@@ -94,6 +94,7 @@ def start_http_actor(name: str, settings: ServerSettings, host: str, port: int, 
             max_restarts=0,
             max_concurrency=4,
             scheduling_strategy=here,
+            runtime_env=dict(OWN_PRIORITY),
         )
         .remote(settings, host, port)
     )

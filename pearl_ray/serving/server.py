@@ -6,6 +6,7 @@ Knows start, attach, drain and end; nothing of what the app answers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -100,16 +101,18 @@ class HttpServer:
 
     def hurry(self) -> None:
         """End a drain that is going on."""
-        self._call(self._hurry.set)
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the drain with it
+            self._loop.result().call_soon_threadsafe(self._hurry.set)
 
     def join(self) -> None:
         """Wait until the thread has ended."""
         self._thread.join()
 
     def stop(self, drain_s: float = 0.0) -> None:
-        """Drain and end; does no harm a second time."""
+        """Drain and end; does no harm a second time, or from two threads at once."""
         if self._thread.is_alive():
-            self.begin_stop(drain_s).result()
+            with contextlib.suppress(RuntimeError):  # another thread's stop has just ended the loop
+                self.begin_stop(drain_s)
             self.join()
 
     def __enter__(self) -> HttpServer:
@@ -141,16 +144,18 @@ class HttpServer:
 
     async def _drain(self, drain_s: float) -> None:
         gate = self._app.state.services.gate
-        drained = asyncio.ensure_future(gate.drained(drain_s))
-        hurried = asyncio.ensure_future(self._hurry.wait())
-        await asyncio.wait({drained, hurried}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (drained, hurried):
-            task.cancel()
-        if gate.count:
-            message = "the server is shutting down and could not finish the answer"
-            self._backend.fail_all(unavailable(message, "shutting_down"))
-            await gate.drained(LAST_WORDS_S)
-        self._server.should_exit = True
+        try:
+            drained = asyncio.ensure_future(gate.drained(drain_s))
+            hurried = asyncio.ensure_future(self._hurry.wait())
+            await asyncio.wait({drained, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (drained, hurried):
+                task.cancel()
+            if gate.count:
+                message = "the server is shutting down and could not finish the answer"
+                self._backend.fail_all(unavailable(message, "shutting_down"))
+                await gate.drained(LAST_WORDS_S)
+        finally:
+            self._server.should_exit = True
 
     def _call(self, function: Callable[[], T]) -> T:
         async def call() -> T:

@@ -14,6 +14,7 @@ from tests.local_engine import LocalEngine
 
 PROMPTS = ["Once upon a time", "The 3 foxes ran.", "a", "What is it, then? No one can tell 1 from 2.", "hello hello"]
 NUM_TOKENS = 48
+IN_STEP = {"most_ahead": 2}  # where rounds ahead are counted: the coordinator keeps up, on a loaded machine too
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,8 @@ def answers(dirs, prompts, params, **options) -> list[list[int]]:
         return texts(engine, prompts, params)
 
 
-def plain(temperature: float = 0.0) -> list[SamplingParams]:
-    return [SamplingParams(temperature=temperature, seed=10 + i, max_tokens=NUM_TOKENS) for i in range(len(PROMPTS))]
+def plain(temperature: float = 0.0, most: int = NUM_TOKENS) -> list[SamplingParams]:
+    return [SamplingParams(temperature=temperature, seed=10 + i, max_tokens=most) for i in range(len(PROMPTS))]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -43,7 +44,8 @@ def plain(temperature: float = 0.0) -> list[SamplingParams]:
 def test_the_devices_rounds_give_the_hosts_text(tiny_dirs, prompts, temperature, mode, draft_tp, target_tp):
     params = plain(temperature)
     expected = answers(tiny_dirs, prompts, params, mode="ar")
-    with LocalEngine(tiny_dirs, mode=mode, draft_tp=draft_tp, target_tp=target_tp, on_device=True) as engine:
+    options = {"mode": mode, "draft_tp": draft_tp, "target_tp": target_tp}
+    with LocalEngine(tiny_dirs, on_device=True, **options, **IN_STEP) as engine:
         assert texts(engine, prompts, params) == expected
     for loop in engine.target_loops:  # they have ended
         assert isinstance(loop, DeviceTargetLoop) and loop.verification is not None
@@ -55,9 +57,10 @@ def test_the_devices_rounds_give_the_hosts_text(tiny_dirs, prompts, temperature,
 
 @pytest.mark.parametrize("window", [1, 2, 8])
 def test_windows_of_every_length_run_ahead(tiny_dirs, prompts, window):
-    expected = answers(tiny_dirs, prompts, plain(0.5), mode="ar")
-    with LocalEngine(tiny_dirs, window=window, on_device=True) as engine:
-        assert texts(engine, prompts, plain(0.5)) == expected
+    params = plain(0.5, most=96)
+    expected = answers(tiny_dirs, prompts, params, mode="ar", num_blocks=128)
+    with LocalEngine(tiny_dirs, window=window, on_device=True, num_blocks=128, **IN_STEP) as engine:
+        assert texts(engine, prompts, params) == expected
         assert engine.target_loops[0].num_ahead > 0
 
 
@@ -65,7 +68,7 @@ def test_most_rounds_of_a_steady_batch_are_queued_ahead(tiny_dirs, prompts):
     """More cache blocks, which come all the time, don't keep a round from being queued ahead."""
     params = [SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)] * len(prompts)
     expected = answers(tiny_dirs, prompts, params, mode="ar", num_blocks=128)
-    with LocalEngine(tiny_dirs, on_device=True, num_blocks=128) as engine:
+    with LocalEngine(tiny_dirs, on_device=True, num_blocks=128, **IN_STEP) as engine:
         assert texts(engine, prompts, params) == expected
     verification = engine.target_loops[0].verification
     assert verification.num_advanced > 3 * verification.num_filled
@@ -96,7 +99,7 @@ def test_filters_run_ahead_too(tiny_dirs, prompts):
         for i, (k, p, m) in enumerate([(5, 1.0, 0.0), (0, 0.75, 0.0), (0, 1.0, 0.125), (7, 0.5, 0.0625), (0, 1.0, 0.0)])
     ]
     expected = answers(tiny_dirs, prompts, params, mode="ar")
-    with LocalEngine(tiny_dirs, on_device=True) as engine:
+    with LocalEngine(tiny_dirs, on_device=True, **IN_STEP) as engine:
         assert texts(engine, prompts, params) == expected
         assert engine.target_loops[0].num_ahead > 0
 
@@ -124,11 +127,14 @@ def test_preemption_among_rounds_queued_ahead_doesnt_change_the_text(tiny_dirs, 
 
 def test_a_passs_rows_are_bounded_by_what_is_free(tiny_dirs, prompts):
     """A batch whose longest windows would not fit is never queued ahead."""
-    with LocalEngine(tiny_dirs, on_device=True) as engine:
-        for loop in engine.target_loops:
-            loop.free_rows = 3
-        assert texts(engine, prompts, plain()) == answers(tiny_dirs, prompts, plain(), mode="ar")
-        assert engine.target_loops[0].verification.num_filled > 0
+    expected = answers(tiny_dirs, prompts, plain(), mode="ar")
+    for free_rows, runs_ahead in ((128, True), (3, False)):
+        with LocalEngine(tiny_dirs, on_device=True, **IN_STEP) as engine:
+            engine.wait_until_up()
+            [loop] = engine.target_loops
+            loop.free_rows = free_rows
+            assert texts(engine, prompts, plain()) == expected
+            assert loop.verification.num_filled > 0 and (loop.num_ahead > 0) == runs_ahead
 
 
 def test_sequences_that_come_and_go_give_their_place_on_the_device_back(tiny_dirs, prompts):

@@ -15,6 +15,8 @@ from pearl_ray.core.sampling import distributions
 from pearl_ray.core.verify import Segment, Verdict, verify
 from tests.distribution import VOCAB, Draw, Machine, Setting, counts_of, draws_of, exact_distribution, p_value
 
+pytestmark = pytest.mark.timeout(1200)  # the first draws for all others: minutes on a loaded machine
+
 FALSE_ALARM = 1e-9  # per comparison; there are fewer than a hundred
 BROKEN = 1e-30
 DRAWS = 20_000

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from pearl_ray.core.params import SamplingParams
 from tests.local_engine import LocalEngine
 
+pytestmark = pytest.mark.timeout(1200)  # minutes on a loaded machine
+
 PROMPTS = [
     "Once upon a time",
     "The 3 foxes ran.",

@@ -27,6 +27,8 @@ from tests.distribution import (
     p_value,
 )
 
+pytestmark = pytest.mark.timeout(1200)  # the first of a group draws for all of them
+
 FALSE_ALARM = 1e-9  # per comparison; there are fewer than a hundred
 BROKEN = 1e-15
 DRAWS = 20_000
@@ -114,7 +116,6 @@ def _case(machine: str, group: str, name: str, rejection: bool) -> object:
     return pytest.param(machine, group, name, rejection, marks=marks, id=label)
 
 
-@pytest.mark.timeout(1200)  # the first of a group draws for all of them
 @pytest.mark.parametrize(
     ("machine", "group", "name", "rejection"),
     [_case(m, g, name, r) for m in MACHINES for g, names in GROUPS.items() for name in names for r in (False, True)],

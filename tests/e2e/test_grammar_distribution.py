@@ -22,6 +22,8 @@ from tests.distribution import NUM_TOKENS, VOCAB, Draw, Machine, Setting, counts
 from tests.distribution import _next_token as exact_next_token
 from tests.tiny import tiny_tokenizer
 
+pytestmark = pytest.mark.timeout(1200)  # the first draws for all others
+
 Wanted = StructuredOutputsParams
 FALSE_ALARM, BROKEN, DRAWS = 1e-9, 1e-30, 20_000
 FILTERS = {"top_k": 4, "top_p": 0.95, "repetition_penalty": 1.4, "frequency_penalty": 0.5, "logit_bias": {4: 1.0}}

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import jsonschema
 import openai
 import pydantic
@@ -25,6 +24,7 @@ import pytest
 
 from pearl_ray import env
 from tests.ray.machine import Machine, command_line, processes_of
+from tests.serving_fakes import is_refused, scraped, wait_until
 from tests.tiny import JSON_PIECES, tiny_pair
 
 TYPED = ["serve", "--draft-tp", "1", "--target-tp", "7", "--detach"]
@@ -95,8 +95,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         served.client.close()
         stopped = pearl_ray(machine, "stop", "--shutdown-timeout", "20")
         assert stopped.returncode == 0, stopped.stderr
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{served.url}/health")
+        wait_until(lambda: is_refused(served.url))
 
 
 def test_a_chat_is_answered_whole_and_streamed(served: Served) -> None:
@@ -205,8 +204,8 @@ def test_the_async_client_streams_many_at_once(served: Served) -> None:
 
 
 def test_the_cache_is_empty_afterwards(served: Served) -> None:
-    text = httpx.get(f"{served.url}/metrics").text
-    assert "pearl:num_requests_running 0.0" in text and 'pearl:kv_cache_usage_perc{model="target"} 0.0' in text
-    assert 'pearl:recoveries_total{role="target"} 0.0' in text
+    empty = ("pearl:num_requests_running 0.0", 'pearl:kv_cache_usage_perc{model="target"} 0.0')
+    wait_until(lambda: all(line in scraped(served.url) for line in empty))
+    assert 'pearl:recoveries_total{role="target"} 0.0' in scraped(served.url)
     status = pearl_ray(served.machine, "status", "--json")
     assert json.loads(status.stdout)["state"] == "ready", status.stderr

@@ -31,6 +31,8 @@ from tests.pressure import (
     traffic,
 )
 
+pytestmark = pytest.mark.timeout(1200)  # minutes on a loaded machine
+
 WINDOW = 3
 
 

@@ -18,6 +18,8 @@ from pearl_ray.core.requests import Request
 from tests.local_engine import LocalEngine
 from tests.tiny import EOS_ID, JSON_PIECES, tiny_pair
 
+pytestmark = pytest.mark.timeout(1200)  # minutes on a loaded machine
+
 Wanted = StructuredOutputsParams
 Dirs = tuple[Path, Path]
 COUNT = 100  # per kind

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,9 @@ import pytest
 
 from pearl_ray import SamplingParams
 from tests.local_engine import LocalEngine
-from tests.ray.machine import Machine
+from tests.ray.machine import PATIENCE_S, Machine, shared_memory, wait_for
+
+pytestmark = pytest.mark.timeout(1200)  # a dozen processes that load torch, on two cores with others at work
 
 PROMPT = "Once upon a time"
 CONNECT = """
@@ -35,7 +36,7 @@ def pearl_ray(machine: Machine, *args: str, **extra: str) -> subprocess.Complete
         env=machine.environment(**extra),
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=5 * PATIENCE_S,
         check=False,
     )
 
@@ -77,12 +78,13 @@ def test_generate_answers_with_an_engine_of_its_own(machine, tiny_dirs, tmp_path
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text('"a b c"\n{"prompt": "The 3 foxes ran."}\n{"prompt": [5, 6, 7]}\n')
     trace = tmp_path / "round.trace.json"
+    shared_before = shared_memory()
     files = ["--prompts", str(prompts), "--output", str(answers), "--trace", str(trace)]
-    done = pearl_ray(machine, "generate", *files, "--max-tokens", "8", *model_options(tiny_dirs))
+    done = pearl_ray(machine, "generate", *files, "--max-tokens", "64", *model_options(tiny_dirs))
     assert done.returncode == 0, done.stderr
     outputs = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert len(outputs) == 3 and all(len(o["outputs"][0]["token_ids"]) <= 8 for o in outputs)
+    assert len(outputs) == 3 and all(len(o["outputs"][0]["token_ids"]) <= 64 for o in outputs)
     assert outputs[2]["prompt_token_ids"] == [5, 6, 7]
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {"verify 0", "draft 0"} <= names
-    assert not [f for f in os.listdir("/dev/shm") if f.startswith("pearl-")]
+    assert {"verify 0", "draft 0"} <= names  # what the draft tells of its first round came long before the last one
+    assert wait_for(lambda: shared_memory() <= shared_before), shared_memory() - shared_before

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,23 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from pearl_ray import PearlConfig, PearlEngine, SamplingParams
-from pearl_ray.deployment import deploy, stop_deployment
+from pearl_ray.deployment import deploy
+from pearl_ray.running import stop_deployment
 from pearl_ray.serving.backend import Model, RayEngine
 from pearl_ray.serving.http_actor import start_http_actor
 from pearl_ray.serving.http_handle import drain_http_actor, find_http_actor
 from pearl_ray.serving.server import HttpServer, bind
 from pearl_ray.serving.settings import ServerSettings
 from tests.odd_bodies import Memory, throw
+from tests.serving_fakes import WAIT_S, is_refused, scraped, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "Once upon a time"
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30)
 LONG = {"prompt": PROMPT, "max_tokens": 450, "ignore_eos": True, "stream": True}
+LONGER = {**LONG, "max_tokens": 32_000}  # minutes long; for deployments with ROOM
+ROOM = {"max_model_len": 32_768, "kv_cache_blocks": 2304}
 
 
 def config(dirs: tuple[Path, Path], **changes: object) -> PearlConfig:
@@ -44,6 +47,14 @@ def config(dirs: tuple[Path, Path], **changes: object) -> PearlConfig:
         "kv_cache_blocks": 256,
     }
     return PearlConfig(**values | changes)
+
+
+def is_idle(engine: PearlEngine) -> bool:
+    """Whether nothing runs, waits or holds a block."""
+    stats = engine.stats()
+    return not (stats["num_requests_running"] or stats["num_requests_waiting"]) and set(
+        stats["kv_cache_usage_perc"].values()
+    ) == {0.0}
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +155,19 @@ def test_many_streams_at_once_are_neither_lost_nor_mixed(url, engine) -> None:
 
 
 def test_a_client_that_hangs_up_frees_its_blocks(url, engine) -> None:
-    with httpx.stream("POST", f"{url}/v1/completions", json=LONG) as response:
-        events = response.iter_lines()
-        next(events)
-        assert engine.stats()["num_requests_running"] == 1
-    deadline = time.monotonic() + 5
-    while engine.stats()["num_requests_running"] and time.monotonic() < deadline:
-        time.sleep(0.02)
-    text = httpx.get(f"{url}/metrics").text
+    def num_aborted() -> int:
+        return engine.stats()["request_success_total"].get("abort", 0)
+
+    def is_aborted() -> bool:
+        """Once more where the answer had ended by itself before the test came to hang up."""
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=WAIT_S) as response:
+            next(response.iter_lines())
+        wait_until(lambda: is_idle(engine))
+        return num_aborted() == before + 1
+
+    before = num_aborted()
+    wait_until(is_aborted)
+    text = scraped(url)
     assert "pearl:num_requests_running 0.0" in text and 'pearl:kv_cache_usage_perc{model="target"} 0.0' in text
     assert (
         "pearl:time_to_first_token_seconds_count" in text and 'request_success_total{finished_reason="abort"}' in text
@@ -159,10 +175,11 @@ def test_a_client_that_hangs_up_frees_its_blocks(url, engine) -> None:
 
 
 def test_the_server_is_ready_and_tokenises_as_the_model_does(url, engine) -> None:
-    assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
-    ids = httpx.post(f"{url}/tokenize", json={"prompt": PROMPT}).json()["tokens"]
-    assert ids == engine.tokenizer.encode(PROMPT)
-    assert httpx.post(f"{url}/detokenize", json={"tokens": ids}).json() == {"prompt": PROMPT}
+    with httpx.Client(base_url=url, timeout=WAIT_S) as http:
+        wait_until(lambda: http.get("/ready").json() == {"status": "ready"})
+        ids = http.post("/tokenize", json={"prompt": PROMPT}).json()["tokens"]
+        assert ids == engine.tokenizer.encode(PROMPT)
+        assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": PROMPT}
 
 
 def test_a_request_is_answered_by_the_target_alone_when_it_says_so(client) -> None:
@@ -178,7 +195,7 @@ def test_a_request_is_answered_by_the_target_alone_when_it_says_so(client) -> No
 
 def test_each_panel_of_the_dashboard_finds_its_metrics_and_labels_in_a_scrape(client, url) -> None:
     client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30)
-    scrape = httpx.get(f"{url}/metrics").text
+    scrape = scraped(url)
     labels: dict[str, set[str]] = {}
     samples: dict[tuple[str, str | None], float] = {}
     for family in text_string_to_metric_families(scrape):
@@ -211,65 +228,55 @@ def test_odd_bodies_leave_no_request_no_block_and_no_memory(url, engine, count) 
         for memory in memories:
             memory.watch(number)
 
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=WAIT_S) as client:
         throw(client, count, seed=count, watch=watch)
-    deadline = time.monotonic() + 5
-    while (stats := engine.stats())["num_requests_running"] and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert stats["num_requests_running"] == stats["num_requests_waiting"] == 0
-    assert set(stats["kv_cache_usage_perc"].values()) == {0.0}
+    wait_until(lambda: is_idle(engine))
     growths = [memory.growth for memory in memories]
     print(f"{count} bodies: memory of server and coordinator grew by {growths}")
     assert count < 10_000 or max(growths) < 0.1
 
 
 def test_a_drained_server_ends_its_streams_whole_or_with_a_word(ray_session, tiny_dirs, engine) -> None:
-    held = deploy(config(tiny_dirs, max_model_len=8192, kv_cache_blocks=1024), "drained", detached=True)
+    held = deploy(config(tiny_dirs, **ROOM), "drained", detached=True)
     url = start_http_actor("drained", ServerSettings(), "127.0.0.1", 0, engine.tokenizer)
     ends: dict[str, list[dict[str, Any]]] = {}
     running = threading.Barrier(3)
 
-    def ask(name: str, **fields: Any) -> None:
-        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, **fields}, timeout=60) as response:
+    def ask(name: str, body: dict[str, Any]) -> None:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=WAIT_S) as response:
             events = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
             first = json.loads(next(events))
-            running.wait(30)
+            running.wait(WAIT_S)
             ends[name] = [first, *(json.loads(event) for event in events if event != "[DONE]")]
 
-    threads = [threading.Thread(target=ask, args=("short",), kwargs={"max_tokens": 12}),
-               threading.Thread(target=ask, args=("long",), kwargs={"max_tokens": 8000})]  # fmt: skip
+    bodies = {"short": {**LONG, "max_tokens": 12}, "long": LONGER}
+    threads = [threading.Thread(target=ask, args=item) for item in bodies.items()]
     for thread in threads:
         thread.start()
-    running.wait(30)
+    running.wait(WAIT_S)
     server = find_http_actor("drained")
     assert server is not None
-    drain_http_actor(server, 5.0)
+    drain_http_actor(server, 10.0)
     for thread in threads:
-        thread.join(30)
+        thread.join(WAIT_S)
+    wait_until(lambda: is_refused(url))  # by itself: its coordinator still runs
     stop_deployment(held.name)
     assert ends["short"][-1]["choices"][0]["finish_reason"] == "length"
     assert ends["long"][-1]["error"]["code"] == "shutting_down"
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/health")
 
 
 def test_the_server_of_a_detached_deployment_ends_with_it(ray_session, tiny_dirs, engine) -> None:
-    held = deploy(config(tiny_dirs), "web", detached=True)
+    held = deploy(config(tiny_dirs, **ROOM), "web", detached=True)
     url = start_http_actor("web", ServerSettings(served_model_names=("tiny",)), "127.0.0.1", 0, engine.tokenizer)
     [own] = engine.generate(PROMPT, GREEDY)
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
         got = client.completions.create(model="tiny", prompt=PROMPT, temperature=0, max_tokens=30)
         assert got.choices[0].text == own.outputs[0].text
-    with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=30) as response:
+    with httpx.stream("POST", f"{url}/v1/completions", json=LONGER, timeout=WAIT_S) as response:
         events = (line for line in response.iter_lines() if line.startswith("data: "))
         next(events)
         stop_deployment(held.name)
         *_, error, done = events
     assert "was stopped" in json.loads(error.removeprefix("data: "))["error"]["message"] and done == "data: [DONE]"
-    deadline = time.monotonic() + 10
-    while find_http_actor("web") is not None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert find_http_actor("web") is None
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/health")
+    wait_until(lambda: find_http_actor("web") is None and is_refused(url))
     assert ray.is_initialized()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
@@ -311,6 +311,9 @@ def test_whatever_a_body_holds_is_taken_or_refused_in_one_line_with_name_and_val
 
     @settings(max_examples=30, deadline=None)
     @given(value=WRONG_KIND)
+    @example(value={"a\nb": None})
+    @example(value={"": None})
+    @example(value={"long" * 1000: None})
     def tells(value: object) -> None:
         nonlocal refused
         error = complaint(model, {**BODIES[model], name: value})

@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Iterator
+import selectors
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -17,9 +22,8 @@ from scipy import stats
 from pearl_ray.cli import cli
 from pearl_ray.commands.load import Answer, Target, Timing, body_of, send_all, send_times, share_tokens
 from pearl_ray.commands.load_report import Run, is_good, parse_goodput, peaks, results
-from pearl_ray.serving.server import bind
 from pearl_ray.serving.settings import KeyRing
-from tests.serving_fakes import FakeEngine, serving
+from tests.serving_fakes import WAIT_S, FakeEngine, serving, wait_until
 
 
 @pytest.fixture
@@ -52,6 +56,46 @@ def measured(tmp_path: Path, *args: object) -> dict[str, object]:
     return json.loads(path.read_text())
 
 
+@contextmanager
+def held_until(engine: FakeEngine, condition: Callable[[], object]) -> Iterator[None]:
+    """No answer goes on before the condition holds; a thread of its own watches for it."""
+
+    def watch() -> None:
+        try:
+            wait_until(condition)
+        finally:
+            engine.held = False
+
+    engine.held = True
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+class JumpingSelector(selectors.DefaultSelector):
+    """Instead of waiting for a timer it moves the clock to it."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.now += timeout or 0.0
+        return super().select(timeout and 0)
+
+
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """Time passes only where all sleep."""
+
+    def __init__(self) -> None:
+        self._jumping = JumpingSelector()
+        super().__init__(self._jumping)
+
+    def time(self) -> float:
+        return self._jumping.now
+
+
 def assert_refused(result: Result, *words: str) -> None:
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
@@ -69,10 +113,11 @@ def test_text_with_unicode_line_ends_keeps_its_events_whole(prompts, tmp_path) -
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_requests_and_tokens_are_counted_as_the_server_counts_them(endpoint, url, engine, prompts, tmp_path) -> None:
-    found = measured(
-        tmp_path, "--base-url", f"{url}/v1", "--prompts", prompts, "--num-prompts", 7, "--output-len", 25,
-        "--endpoint", endpoint, "--max-concurrency", 3, "--percentiles", "50,95",
-    )  # fmt: skip
+    with held_until(engine, lambda: len(engine.running) == 3):
+        found = measured(
+            tmp_path, "--base-url", f"{url}/v1", "--prompts", prompts, "--num-prompts", 7, "--output-len", 25,
+            "--endpoint", endpoint, "--max-concurrency", 3, "--percentiles", "50,95",
+        )  # fmt: skip
     assert (found["completed"], found["failed"], found["model_id"]) == (7, 0, "tiny")
     assert found["total_output_tokens"] == 7 * 25 and found["output_lens"] == [25] * 7
     sent = sorted(len(prompt) for prompt, _ in engine.submitted)
@@ -115,8 +160,8 @@ def test_random_prompts_have_the_length_asked_for(url, engine, tmp_path) -> None
 
 
 def test_what_the_server_refuses_counts_as_failed(prompts, tmp_path) -> None:
-    with serving(FakeEngine(delay_s=0.05, room=2), served_model_names=("tiny",)) as server:
-        path = tmp_path / "r.json"
+    engine, path = FakeEngine(room=2), tmp_path / "r.json"
+    with serving(engine, served_model_names=("tiny",)) as server, held_until(engine, lambda: engine.refused == 3):
         result = bench("--base-url", server.url, "--prompts", prompts, "--num-prompts", 5, "--save-result", path)
     found = json.loads(path.read_text())
     assert result.exit_code == 0 and (found["completed"], found["failed"]) == (2, 3)
@@ -127,13 +172,14 @@ def test_what_the_server_refuses_counts_as_failed(prompts, tmp_path) -> None:
 
 
 def test_a_request_that_takes_too_long_fails_and_so_does_one_never_sent(url, engine) -> None:
-    engine.delay_s = 0.2
+    engine.held = True  # no answer ever ends
     target = Target(url, "tiny", "chat")
     bodies = [body_of(target, "hi", 200, {})] * 3
-    answers, _ = asyncio.run(send_all(target, bodies, [0, 0, 9], Timing(0.1, 0.5)))
-    assert "no end within 0.1 s" in answers[0].error and "not sent" in answers[2].error
-    answers, duration = asyncio.run(send_all(target, bodies, [0, 0, 0], Timing(9, 0.3, 2)))
-    assert duration < 2 and sum("before it ended" in a.error for a in answers) == 2 and "not sent" in answers[2].error
+    answers, _ = asyncio.run(send_all(target, bodies[:2], [0, 0], Timing(0.1)))
+    assert all("no end within 0.1 s" in answer.error for answer in answers)
+    for times, most in (([0, 0, 2 * WAIT_S], None), ([0, 0, 0], 2)):
+        answers, _ = asyncio.run(send_all(target, bodies, times, Timing(WAIT_S, 0.3, most)))
+        assert all("before it ended" in answer.error for answer in answers[:2]) and "not sent" in answers[2].error
 
 
 def test_the_key_is_sent_and_written_nowhere(prompts, tmp_path) -> None:
@@ -152,10 +198,11 @@ def test_the_picture_is_drawn(url, prompts, tmp_path) -> None:
 
 
 def test_what_cannot_be_done_is_told_in_one_line(url, prompts, tmp_path) -> None:
-    with bind("127.0.0.1", 0) as listener:
-        nobody = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    assert_refused(bench("--base-url", nobody, "--prompts", prompts), "--base-url", nobody)
-    assert_refused(bench("--base-url", nobody, "--prompts", prompts, "--model", "m"), "all 3 requests failed")
+    with socket.socket() as deaf:  # its port is taken, and nobody listens there
+        deaf.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        assert_refused(bench("--base-url", nobody, "--prompts", prompts), "--base-url", nobody)
+        assert_refused(bench("--base-url", nobody, "--prompts", prompts, "--model", "m"), "all 3 requests failed")
     assert_refused(bench("--base-url", url), "--prompts", "--random-input-len")
     assert_refused(bench("--base-url", url, "--prompts", prompts, "--random-input-len", 3), "either")
     assert_refused(bench("--base-url", "localhost:1", "--prompts", prompts), "--base-url", "http://")
@@ -203,7 +250,25 @@ def test_requests_are_sent_at_their_times(url) -> None:
     times = [0.0, 0.1, 0.2]
     answers, _ = asyncio.run(send_all(target, [body_of(target, "hi", 3, {})] * 3, times, Timing()))
     for answer, when in zip(answers, times, strict=True):
-        assert answer.error is None and when <= answer.started < when + 0.5
+        assert answer.error is None and when <= answer.started
+
+
+@pytest.mark.parametrize(("most", "started"), [(None, [0.0, 0.1, 0.2, 8.0]), (1, [0.0, 5.0, 10.0, 15.0])])
+def test_a_request_waits_for_its_time_and_its_turn_and_for_nothing_else(most, started, monkeypatch) -> None:
+    """By a clock that only moves while all wait."""
+
+    async def ask(*_args: object) -> None:
+        await asyncio.sleep(5.0)
+
+    clock = SimpleNamespace(perf_counter=lambda: asyncio.get_running_loop().time())
+    monkeypatch.setattr("pearl_ray.commands.load.time", clock)
+    monkeypatch.setattr("pearl_ray.commands.load._ask", ask)
+    target = Target("http://nowhere", "tiny", "completions")
+    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+        timing = Timing(max_concurrency=most)
+        answers, duration = runner.run(send_all(target, [{}] * 4, [0.0, 0.1, 0.2, 8.0], timing))
+    assert [answer.started for answer in answers] == pytest.approx(started, abs=1e-6)
+    assert duration == pytest.approx(started[-1] + 5.0, abs=1e-6)
 
 
 def answer(*arrivals: float, tokens: list[int], e2e: float, error: str | None = None) -> Answer:

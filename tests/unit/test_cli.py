@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -196,9 +196,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
         "client": {"connect": fake.connect},
         "cluster.ray_session": {"open_session": fake.open_session},
         "actors.handles": {"find_coordinator": fake.deployments.get},
-        "deployment": {
-            name: getattr(fake, name) for name in ("deploy", "deployment_status", "stop_deployment", "list_deployments")
-        },
+        "deployment": {"deploy": fake.deploy},
+        "running": {name: getattr(fake, name) for name in ("deployment_status", "stop_deployment", "list_deployments")},
     }
     modules["serving.server"] = {"HttpServer": FakeServer, "bind": lambda _host, _port: socket.socket()}
     modules["serving.http_actor"] = {"start_http_actor": lambda *_args: "http://fake"}
@@ -343,12 +342,15 @@ def test_an_error_that_ray_wrapped_is_told_as_itself(cluster: FakeCluster) -> No
     assert run("generate", "hi").stderr == "Error: m.gguf is truncated\n"
 
 
-def test_debug_shows_the_traceback_before_the_line(cluster: FakeCluster) -> None:
+def test_debug_shows_the_traceback_before_the_line(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = logging.getLogger("pearl_ray")
+    monkeypatch.setattr(ours, "level", ours.level)  # what --debug sets would last for the tests that follow
     FakeEngine.failure = ModelLoadError("m.gguf is truncated")
     for args in (["--debug", "generate", "hi"], ["generate", "hi", "--debug"]):
         result = run(*args)
         assert result.exit_code == 2
         assert result.stderr.startswith("Traceback") and result.stderr.endswith("Error: m.gguf is truncated\n")
+        assert ours.level == logging.DEBUG
 
 
 def test_a_fault_of_ours_is_one_line_too_with_another_exit_code(cluster: FakeCluster) -> None:
@@ -523,17 +525,19 @@ def test_serve_with_detach_returns_and_leaves_the_deployment(cluster: FakeCluste
 def test_serve_holds_the_deployment_until_a_signal_then_stops_it(
     cluster: FakeCluster, tmp_path: Path, number: signal.Signals
 ) -> None:
-    before = signal.getsignal(number)
+    before, ended = signal.getsignal(number), threading.Event()
 
     def interrupt() -> None:
         while "default" not in cluster.deployments or signal.getsignal(number) is before:
-            time.sleep(0.01)
+            if ended.wait(0.01):
+                return
         signal.raise_signal(number)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     trace = tmp_path / "t.json"
     result = run("serve", "--shutdown-timeout", "5", "--trace", str(trace))
+    ended.set()
     thread.join()
     assert json.loads(trace.read_text()) == {"traceEvents": []}
     assert result.exit_code == 0, result.output

@@ -35,6 +35,9 @@ from pearl_ray.config import PearlConfig, resolve
 from pearl_ray.core.errors import ConfigError
 from tests.together import together
 
+PATIENCE_S = 60.0  # deadlines of what must come: loaded machines stall
+IN_VAIN_S = 0.5  # of what never comes
+
 ONE_CPU_HOST = [DeviceKey("a", None)] * 3
 CPU_HOSTS = [DeviceKey("a", None), DeviceKey("b", None)]
 GPUS = [DeviceKey("a", "GPU-0"), DeviceKey("a", "GPU-1")]
@@ -116,8 +119,8 @@ def shards(num_draft: int, num_target: int) -> list[tuple[str, int]]:
 def open_ends(transport: str, points: tuple[str, str], role: str, rank: int, tp: tuple[int, int]) -> Bridge:
     """One shard's ends, windows first; ``tp``: draft's and target's."""
     drafting = role == "draft"
-    bridge = Bridge(None, None, 20.0)
-    options = {"host": "127.0.0.1", "timeout_s": 20.0}
+    bridge = Bridge(None, None, PATIENCE_S)
+    options = {"host": "127.0.0.1", "timeout_s": PATIENCE_S}
     if not drafting or rank == 0:
         bridge.windows = open_mailbox(transport, points[0], 0 if drafting else rank + 1, tp[1], **options)
     if drafting or rank == 0:
@@ -128,20 +131,21 @@ def open_ends(transport: str, points: tuple[str, str], role: str, rank: int, tp:
 @pytest.mark.parametrize("rejection", [False, True])
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 def test_a_trial_measures_at_the_drafts_leader_and_ends_at_every_shard(transport, rejection):
-    server = StoreServer("127.0.0.1", 20.0)
+    server = StoreServer("127.0.0.1", PATIENCE_S)
     points = (
         (arena_path("test"), arena_path("test"))
         if transport == "shm"
         else (f"{server.address}/w", f"{server.address}/v")
     )
     tp = (2, 3)
-    all_done = threading.Barrier(sum(tp), timeout=25.0)  # as in the bring-up: nobody closes before all have opened
+    # as in the bring-up: nobody closes before all have opened
+    all_done = threading.Barrier(sum(tp), timeout=PATIENCE_S)
 
     def shard(role: str, rank: int) -> float | None:
         bridge = open_ends(transport, points, role, rank, tp)
         try:
             seconds = measure_round_trip(
-                bridge, role, rank, num_sequences=4, window=3, rejection=rejection, budget_s=0.0, timeout_s=20.0
+                bridge, role, rank, num_sequences=4, window=3, rejection=rejection, budget_s=0.0, timeout_s=PATIENCE_S
             )
             all_done.wait()
             return seconds
@@ -193,7 +197,10 @@ class FakeWorker:
 
 
 class FakeShard:
-    """A shard's handle: its calls run in order in a thread. Over ``broken`` it opens nothing."""
+    """A shard's handle: its calls run in order in a thread.
+
+    Over ``broken`` the draft's leader opens nothing; the others wait for it, in vain, for ``IN_VAIN_S``.
+    """
 
     def __init__(self, worker: FakeWorker, broken: str | None) -> None:
         self.worker = worker
@@ -205,9 +212,14 @@ class FakeShard:
 
     def _call(self, function: Callable[..., object], argument: object) -> Awaitable[object]:
         def run() -> object:
-            if isinstance(argument, BridgeWiring) and argument.windows.transport == self._broken:
+            worker, is_broken = self.worker, False
+            if isinstance(argument, BridgeWiring):
+                is_broken = argument.windows.transport == self._broken
+                timeout_s = IN_VAIN_S if is_broken else PATIENCE_S
+                worker.spec = dataclasses.replace(worker.spec, round_timeout_s=timeout_s)
+            if is_broken and (worker.role, worker.rank) == ("draft", 0):
                 raise ConnectionError("no route")
-            return function(self.worker, argument)
+            return function(worker, argument)
 
         return self._run(run)
 
@@ -215,22 +227,22 @@ class FakeShard:
         return asyncio.get_running_loop().run_in_executor(self._thread, job)
 
     def _open_store(self) -> str:
-        self._store = StoreServer("127.0.0.1", 20.0)
+        self._store = StoreServer("127.0.0.1", PATIENCE_S)
         return self._store.address
 
 
-def deployment_spec(bridge: str, timeout_s: float) -> DeploymentSpec:
+def deployment_spec(bridge: str) -> DeploymentSpec:
     plain = {field.name: None for field in dataclasses.fields(DeploymentSpec)}
     chosen = {"mode": "pearl", "verification": "coupled", "target_tp": 2, "draft_tp": 2, "max_num_seqs": 4}
-    return DeploymentSpec(**plain | chosen | {"bridge": bridge, "round_timeout_s": timeout_s})
+    return DeploymentSpec(**plain | chosen | {"bridge": bridge, "round_timeout_s": PATIENCE_S})
 
 
 def bring_up_bridge(
-    bridge: str, key: DeviceKey, *, broken: str | None = None, timeout_s: float = 20.0
+    bridge: str, key: DeviceKey, *, broken: str | None = None
 ) -> tuple[BridgeChoice | None, list[FakeShard]]:
     """The choice that a bring-up makes, all shards being at ``key``; the draft's leader is the broken one."""
-    spec = deployment_spec(bridge, timeout_s)
-    fakes = {who: FakeShard(FakeWorker(spec, *who), broken if who == ("draft", 0) else None) for who in shards(2, 2)}
+    spec = deployment_spec(bridge)
+    fakes = {who: FakeShard(FakeWorker(spec, *who), broken) for who in shards(2, 2)}
     bring_up = BringUp(spec, fakes)
     bring_up._infos = {
         who: ShardInfo(role=who[0], rank=who[1], key=key, ip="", pid=0, device="cpu", free_bytes=0) for who in fakes
@@ -271,7 +283,7 @@ def test_on_gpus_all_that_is_possible_is_measured_once_and_every_shard_keeps_the
 
 @pytest.mark.parametrize(("broken", "left"), [("gloo", "shm"), ("shm", "gloo")])
 def test_a_transport_that_one_shard_cannot_open_is_left_out_with_a_warning(broken, left, caplog):
-    choice, fakes = bring_up_bridge("auto", DeviceKey("a", "GPU-0"), broken=broken, timeout_s=2.0)
+    choice, fakes = bring_up_bridge("auto", DeviceKey("a", "GPU-0"), broken=broken)
     assert choice.transport == left and set(choice.round_trips_s) == {left}
     assert f"the bridge can't go over {broken} here: no route" in caplog.text
     one_round(fakes)
@@ -279,7 +291,7 @@ def test_a_transport_that_one_shard_cannot_open_is_left_out_with_a_warning(broke
 
 def test_a_transport_that_was_asked_for_and_fails_is_an_error():
     with pytest.raises(ConnectionError, match="no route"):
-        bring_up_bridge("gloo", DeviceKey("a", None), broken="gloo", timeout_s=1.0)
+        bring_up_bridge("gloo", DeviceKey("a", None), broken="gloo")
 
 
 @pytest.mark.parametrize(

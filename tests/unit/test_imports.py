@@ -134,6 +134,17 @@ print([name for name in ("ray", "torch", "transformers", "triton", "fastapi") if
     assert run_fresh(code).strip() == "[]"
 
 
+def test_what_asks_a_running_deployment_or_serves_http_loads_no_torch() -> None:
+    names = ("pearl_ray.client", "pearl_ray.running", "pearl_ray.commands.status", "pearl_ray.serving.http_actor")
+    code = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+print([name for name in ("torch", "transformers", "triton") if name in sys.modules])
+"""
+    assert run_fresh(code).strip() == "[]"
+
+
 def test_the_lazy_names_are_the_objects_themselves() -> None:
     import pearl_ray
     from pearl_ray.config import PearlConfig

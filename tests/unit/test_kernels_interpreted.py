@@ -41,12 +41,14 @@ FORWARD = (
 )
 
 
+@pytest.mark.timeout(1500)  # minutes, where others are at work
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, whose interpreter runs on a CPU")
 @pytest.mark.parametrize("tests", [CHOSEN, FORWARD], ids=["kernels", "forward"])
 def test_the_kernels_agree_with_their_references_under_the_interpreter(tests: tuple[str, ...]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     paths = [str(ROOT / "tests" / "gpu" / test) for test in tests]
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-m", "gpu", *paths]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-o", "timeout=1200", "-m", "gpu"]
+    command = [sys.executable, "-m", "pytest", *options, *paths]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " skipped" not in done.stdout, done.stdout[-2000:]

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving_fakes import ANSWER, FakeEngine, serving
+from tests.serving_fakes import ANSWER, WAIT_S, FakeEngine, serving
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 FOX = {"include_speculation": True}
@@ -29,7 +29,7 @@ def url(engine: FakeEngine) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url) as http:
+    with httpx.Client(base_url=url, timeout=WAIT_S) as http:
         yield http
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pearl_ray.core.outputs import Logprob
 from pearl_ray.serving.answers import completion_logprobs
-from tests.serving_fakes import ANSWER, FakeEngine, FakeTokenizer, serving
+from tests.serving_fakes import ANSWER, WAIT_S, FakeEngine, FakeTokenizer, serving
 
 PLAIN = {"add_special_tokens": False}
 
@@ -80,7 +80,7 @@ def test_a_streams_prompt_is_scored_by_a_request_of_its_own_whose_latency_is_not
     client: openai.OpenAI, engine: FakeEngine, url: str
 ) -> None:
     def count() -> float:
-        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        lines = httpx.get(f"{url}/metrics", timeout=WAIT_S).text.splitlines()
         return next(float(x.split()[1]) for x in lines if x.startswith("pearl:e2e_request_latency_seconds_count"))
 
     before, submitted = count(), len(engine.submitted)

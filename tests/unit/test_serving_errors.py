@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from pearl_ray.serving.unsupported import NOT_HONOURED
-from tests.serving_fakes import FakeEngine, serving
+from tests.serving_fakes import FakeEngine, asking
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 CHAT = {"messages": MESSAGES, "max_tokens": 2}
@@ -19,7 +19,7 @@ TEXT = {"prompt": "x", "max_tokens": 2}
 
 @pytest.fixture(scope="module")
 def http() -> Iterator[httpx.Client]:
-    with serving(FakeEngine()) as server, httpx.Client(base_url=server.url) as http:
+    with asking(FakeEngine()) as http:
         yield http
 
 

@@ -16,7 +16,7 @@ from pearl_ray.core.params import SamplingParams
 from pearl_ray.serving.answers import LOWEST, Pieces, completion_logprobs, speculation_of
 from pearl_ray.serving.metrics import Metrics
 from pearl_ray.serving.routes import PAGE
-from tests.serving_fakes import FakeEngine, FakeTokenizer, Logprob, serving
+from tests.serving_fakes import FakeEngine, FakeTokenizer, Logprob, asking
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTRACT = [
@@ -44,8 +44,15 @@ CONTRACT = [
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with serving(FakeEngine(delay_s=0.002)) as server, httpx.Client(base_url=server.url) as client:
-        client.post("/v1/completions", json={"prompt": "x", "max_tokens": 12, "n": 2})
+    """Of a server that has given one answer, whose first token came well before the others."""
+    engine = FakeEngine(delay_s=0.002, held=True)
+    with asking(engine) as client:
+        body = {"prompt": "x", "max_tokens": 12, "n": 2, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            engine.held = False
+            assert list(lines)[-2] == "data: [DONE]"
         yield client
 
 

@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import httpx
 import jsonschema
 import openai
 import pytest
 
 from pearl_ray.serving.tool_parsers import Call, HermesParser, LlamaParser, Parser
 from pearl_ray.serving.tools import Dialect, dialect_of
-from tests.serving_fakes import FakeEngine, FakeTokenizer, serving
+from tests.serving_fakes import FakeEngine, FakeTokenizer, asking, serving
 
 NAMES = ("get_weather", "search")
 PARIS, OSLO = Call("get_weather", '{"city": "Paris"}'), Call("get_weather", '{"city": "Oslo"}')
@@ -256,9 +255,9 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[
     ],
 )
 def test_what_of_tools_can_not_be_honoured_is_refused(fields: dict[str, Any], param: str, message: str) -> None:
-    with serving(FakeEngine()) as server:
+    with asking(FakeEngine()) as client:
         body = {"messages": MESSAGES, "tools": TOOLS, **fields}
-        response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == param and message in error["message"], error
@@ -267,8 +266,8 @@ def test_what_of_tools_can_not_be_honoured_is_refused(fields: dict[str, Any], pa
 def test_a_form_that_is_not_known_is_refused_until_one_is_chosen() -> None:
     body = {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 3}
     for chosen, status in (("auto", 400), ("llama3_json", 200)):
-        with serving(FakeEngine(), FakeTokenizer("[AVAILABLE_TOOLS]"), tool_call_parser=chosen) as server:
-            response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        with asking(FakeEngine(), FakeTokenizer("[AVAILABLE_TOOLS]"), tool_call_parser=chosen) as client:
+            response = client.post("/v1/chat/completions", json=body)
             assert response.status_code == status and ("--tool-call-parser" in response.text) == (status == 400)
 
 
@@ -290,8 +289,8 @@ def test_a_form_that_is_not_known_is_refused_until_one_is_chosen() -> None:
 def test_what_an_answer_must_look_like_reaches_the_engine(path: str, fields: Any, name: str | None, value: Any) -> None:
     engine = FakeEngine()
     prompt = {"prompt": "x"} if path == "completions" else {"messages": MESSAGES}
-    with serving(engine) as server:
-        assert httpx.post(f"{server.url}/v1/{path}", json={**prompt, **fields, "max_tokens": 2}).status_code == 200
+    with asking(engine) as client:
+        assert client.post(f"/v1/{path}", json={**prompt, **fields, "max_tokens": 2}).status_code == 200
     wanted = engine.submitted[-1][1].structured_outputs
     assert wanted is None if name is None else getattr(wanted, name) == value
 
@@ -312,6 +311,6 @@ def test_what_an_answer_must_look_like_reaches_the_engine(path: str, fields: Any
     ],
 )
 def test_a_bad_schema_is_refused_by_the_name_of_its_field(fields: dict[str, Any], param: str) -> None:
-    with serving(FakeEngine()) as server:
-        response = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": MESSAGES, **fields})
+    with asking(FakeEngine()) as client:
+        response = client.post("/v1/chat/completions", json={"messages": MESSAGES, **fields})
     assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
