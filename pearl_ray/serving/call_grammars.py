@@ -32,7 +32,6 @@ said: TEXT
 TEXT: /([^{].*(\\n.*)*)?/
 """
 
-
 _MORE_OF_LLAMA = '(";" GAP call)*'
 
 
@@ -57,9 +56,26 @@ def text_or_calls(functions: Sequence[FunctionDefinition], form: Form, *, severa
     return _lark(f"start: said | call{' ' + _MORE_OF_LLAMA if several else ''}\n{_LLAMA}", schema)
 
 
+def answer_or_calls(
+    functions: Sequence[FunctionDefinition], form: Form, *, several: bool, answer: StructuredOutputsParams
+) -> StructuredOutputsParams:
+    """Calls and nothing else, or an answer as ``answer`` has it: its ``json`` or ``json_object``. Raises as
+    :func:`calls_alone`.
+    """
+    schema = _schema_of(functions, form, all_strict=False)
+    whole = f'"{HERMES_OPEN}" GAP call GAP "{HERMES_CLOSE}"' if form == "hermes" else "call"
+    more = f" (GAP {whole})*" if form == "hermes" else f" {_MORE_OF_LLAMA}"
+    wanted = json.loads(answer.json) if isinstance(answer.json, str) else {"type": "object"}
+    return _lark(f"start: answer | {whole}{more if several else ''}\nanswer: {_json(wanted)}", schema)
+
+
 def _lark(rules: str, schema: dict[str, Any]) -> StructuredOutputsParams:
-    call = json.dumps({**schema, "x-guidance": _BLANKS})
-    return StructuredOutputsParams(grammar=f"{rules}\ncall: %json {call}\nGAP: /[ \\n]{{0,4}}/\n")
+    return StructuredOutputsParams(grammar=f"{rules}\ncall: {_json(schema)}\nGAP: /[ \\n]{{0,4}}/\n")
+
+
+def _json(schema: object) -> str:
+    """The schema as a rule of Lark; one that is no object (``true``) is left as it is."""
+    return f"%json {json.dumps({**schema, 'x-guidance': _BLANKS} if isinstance(schema, dict) else schema)}"
 
 
 def _schema_of(functions: Sequence[FunctionDefinition], form: Form, *, all_strict: bool) -> dict[str, Any]:

@@ -40,10 +40,14 @@ async def create_chat_completion(
     if body.structured_outputs is not None and body.response_format is not None and body.response_format.type != "text":
         message = "structured_outputs and response_format say the same; send one"
         raise ApiError(400, message, param="structured_outputs", code="invalid_value")
-    to_blame = "tools" if use is not None else "structured_outputs" if body.structured_outputs else "response_format"
-    with blaming(to_blame):
+    with blaming("response_format"):
         format_ = of_response_format(body.response_format)
-        structured = use.grammar if use is not None else format_ or of_structured_outputs(body.structured_outputs)
+    to_blame = "structured_outputs" if body.structured_outputs else "response_format"
+    if use is not None and (format_ is None or use.holds_calls):
+        to_blame = "tools"
+    with blaming(to_blame):
+        wanted = format_ or of_structured_outputs(body.structured_outputs)
+        structured = use.grammar(wanted) if use is not None else wanted
         params = body.sampling(body.max_completion_tokens or body.max_tokens, num_logprobs, structured)
     text = await chat_text(services, body.messages, use, body.add_generation_prompt, body.chat_template_kwargs)
     prompt = await encode(model.tokenizer, text, add_special_tokens=False)

@@ -14,7 +14,15 @@ from typing import Any
 from pearl_ray.core.errors import RequestRefusedError
 from pearl_ray.core.params import StructuredOutputsParams
 from pearl_ray.serving.backend import Tokenizer
-from pearl_ray.serving.call_grammars import ARGUMENTS, NO_ARGUMENTS, Form, calls_alone, parameters_of, text_or_calls
+from pearl_ray.serving.call_grammars import (
+    ARGUMENTS,
+    NO_ARGUMENTS,
+    Form,
+    answer_or_calls,
+    calls_alone,
+    parameters_of,
+    text_or_calls,
+)
 from pearl_ray.serving.errors import ApiError
 from pearl_ray.serving.schema import ChatCompletionRequest, FunctionDefinition, Message, NamedToolChoice
 from pearl_ray.serving.settings import ToolCallParser
@@ -80,14 +88,23 @@ class ToolUse:
     several: bool
 
     @property
-    def grammar(self) -> StructuredOutputsParams | None:
+    def holds_calls(self) -> bool:
+        """Whether calls are held to their functions' schemas."""
+        return self.forced or any(function.strict for function in self.functions)
+
+    def grammar(self, answer: StructuredOutputsParams | None) -> StructuredOutputsParams | None:
         """What the answer is held to; raises ``ConfigError`` if a function's parameters can't be JSON.
 
         Where the model may choose and no function is strict, it is held to nothing.
+
+        Args:
+            answer: what an answer without calls is held to.
         """
         if self.forced:
             return calls_alone(self.functions, self.form, several=self.several)
-        if any(function.strict for function in self.functions):
+        if answer is not None:
+            return answer_or_calls(self.functions, self.form, several=self.several, answer=answer)
+        if self.holds_calls:
             return text_or_calls(self.functions, self.form, several=self.several)
         return None
 
@@ -121,8 +138,6 @@ def tool_use(body: ChatCompletionRequest, dialect: Dialect) -> ToolUse | None:
         return None
     if choice == "none":
         return None
-    if body.response_format is not None and body.response_format.type != "text":
-        raise _bad("response_format", "can't be followed where tools may be called; send tool_choice: none")
     if body.structured_outputs is not None:
         raise _bad("structured_outputs", "can't be followed where tools may be called; send tool_choice: none")
     if not body.add_generation_prompt:

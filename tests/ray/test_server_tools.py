@@ -21,6 +21,8 @@ MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 CITY = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}, "days": {"$ref": "#/$defs/days"}},
         "required": ["unit", "days"], "additionalProperties": False,
         "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 14}}}  # fmt: skip
+SUM = {"type": "object", "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 99}},
+       "required": ["sum"], "additionalProperties": False}  # fmt: skip
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "get_weather", "parameters": CITY, "strict": True}},
     {"type": "function", "function": {"name": "now"}},
@@ -83,6 +85,20 @@ def test_the_clients_own_helper_for_tools_is_served(client) -> None:
     body = {"model": "tiny", "messages": MESSAGES, "tools": [tool], "max_tokens": 1000, "seed": 1, "stop": ["e"]}
     got = client.chat.completions.parse(**body)
     assert got.choices[0].message.content and not got.choices[0].message.tool_calls
+
+
+def test_beside_tools_an_answer_is_calls_or_fits_its_schema(client) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "w", "strict": True, "schema": SUM}}
+    body = {"model": "tiny", "messages": MESSAGES, "tools": TOOLS[:1], "max_tokens": 1000}
+    got = client.chat.completions.create(**body, response_format=wanted, n=8, seed=2, temperature=1.5)
+    for answer in got.choices:
+        if answer.message.tool_calls:
+            assert answer.finish_reason == "tool_calls" and answer.message.content is None
+        else:
+            jsonschema.validate(json.loads(answer.message.content), SUM)
+            assert answer.finish_reason == "stop"
+    forced = client.chat.completions.create(**body, response_format=wanted, tool_choice="required", seed=1)
+    assert forced.choices[0].message.tool_calls and forced.choices[0].message.content is None
 
 
 def test_an_answer_fits_its_schema_and_a_bad_schema_is_refused(client) -> None:

@@ -12,7 +12,7 @@ from pearl_ray.core.errors import ConfigError
 from pearl_ray.core.params import StructuredOutputsParams
 from pearl_ray.model.grammar import GrammarCompiler
 from pearl_ray.model.tokenizer import Tokenizer
-from pearl_ray.serving.call_grammars import ARGUMENTS, Form, calls_alone, text_or_calls
+from pearl_ray.serving.call_grammars import ARGUMENTS, Form, answer_or_calls, calls_alone, text_or_calls
 from pearl_ray.serving.schema import FunctionDefinition
 from tests.tiny import EOS_ID, JSON_PIECES, tiny_tokenizer
 
@@ -98,6 +98,37 @@ def test_a_call_that_must_be_made_fits_whether_strict_or_not_and_may_be_several(
         assert not is_answer(single, text) and not is_answer(many, text), text
 
 
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_by_a_schema_or_calls_and_nothing_else(form: Form, several: bool) -> None:
+    def written(text: str) -> str:
+        return marked(text) if form == "hermes" else text
+
+    answer = {"type": "object", "properties": {"sum": {"$ref": "#/$defs/n"}}, "required": ["sum"]}
+    answer |= {"additionalProperties": False, "$defs": {"n": {"type": "integer"}}}
+    held = StructuredOutputsParams(json=answer)
+    wanted = answer_or_calls(FUNCTIONS, form, several=several, answer=held)
+    good, loose = call(form, "get_weather", city="Oslo"), call(form, "search", whatever=3)
+    for text in ('{"sum": 3}', written(good), written(loose)):
+        assert is_answer(wanted, text), text
+    between = "\n" if form == "hermes" else "; "
+    assert is_answer(wanted, written(good) + between + written(loose)) == several
+    for text in (
+        "",
+        "Look.",
+        '{"sum": "3"}',
+        '{"sum": 3} Done.',
+        '{"sum": 3}' + between + written(good),
+        f"Look.\n{written(good)}",
+        written(call(form, "get_weather", city=3)),
+        written(call(form, "rm")),
+    ):
+        assert not is_answer(wanted, text), text
+    any_object = answer_or_calls(FUNCTIONS, form, several=several, answer=StructuredOutputsParams(json_object=True))
+    assert is_answer(any_object, '{"a": [1]}') and is_answer(any_object, written(good))
+    assert not is_answer(any_object, "[1]")
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_parameters_that_are_no_schema_are_refused_in_one_line(form: Form) -> None:
     bad = (FunctionDefinition(name="f", parameters={"properties": {"x": {"type": "strange"}}}, strict=True),)
@@ -105,6 +136,8 @@ def test_parameters_that_are_no_schema_are_refused_in_one_line(form: Form) -> No
         text_or_calls(bad, form, several=True),
         calls_alone(bad, form, several=True),
         calls_alone(bad, form, several=False),
+        answer_or_calls(bad, form, several=True, answer=StructuredOutputsParams(json_object=True)),
+        answer_or_calls(FUNCTIONS, form, several=True, answer=StructuredOutputsParams(json={"type": "strange"})),
     ):
         with pytest.raises(ConfigError, match="strange") as caught:
             compiler().check(wanted)

@@ -243,7 +243,6 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[
         ({"tool_choice": {"type": "function", "name": "search"}}, "tool_choice.name", "unrecognized"),
         ({"tools": TOOLS[:1] * 2}, "tools", "same name"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "tool_choice: none"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "tool_choice: none"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "role tool"),
         ({"messages": [{"role": "user", "tool_calls": [CALL]}]}, "messages.0.tool_calls", "assistant"),
@@ -293,6 +292,24 @@ def test_what_an_answer_must_look_like_reaches_the_engine(path: str, fields: Any
         assert client.post(f"/v1/{path}", json={**prompt, **fields, "max_tokens": 2}).status_code == 200
     wanted = engine.submitted[-1][1].structured_outputs
     assert wanted is None if name is None else getattr(wanted, name) == value
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_format_beside_tools_holds_what_is_no_call(strict: bool) -> None:
+    engine = FakeEngine()
+    function = {"name": "search", "parameters": CITY, "strict": strict}
+    body = {"messages": MESSAGES, "tools": [{"type": "function", "function": function}], "max_tokens": 2}
+    wanted = []
+    with asking(engine) as client:
+        for fields in ({"tool_choice": "auto"}, {"tool_choice": "required"}, {"tool_choice": "none"}):
+            response = client.post("/v1/chat/completions", json={**body, **fields, "response_format": SCHEMA})
+            assert response.status_code == 200, response.text
+            wanted.append(engine.submitted[-1][1].structured_outputs)
+        response = client.post("/v1/chat/completions", json={**body, "response_format": {"type": "json_schema"}})
+        assert response.json()["error"]["param"] == NO_SCHEMA
+    auto, required, none = wanted
+    assert "answer:" in auto.grammar and '"search"' in auto.grammar and none.json == json.dumps(CITY)
+    assert "answer:" not in (required.grammar or required.json)
 
 
 @pytest.mark.parametrize(
