@@ -106,9 +106,8 @@ def capture(role: str, parts: DeviceParts, max_width: int) -> None:
         assert parts.steps is not None
         if is_cuda:
             parts.steps.warm_up()
-        batches = [size for size in SEQUENCE_BUCKETS if size < 2 * runner.max_seqs]
-        runner.capture(runner.shape(min(size, runner.max_rows), size, 1) for size in batches)
-        parts.steps.capture(batches)
+        parts.steps.capture(size for size in SEQUENCE_BUCKETS if size < 2 * runner.max_seqs)
+        runner.capture(verification_shapes(runner, 2))  # a round's first pass: one row each, two after a bonus token
     runner.graphs.log(role)
 
 

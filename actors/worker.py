@@ -49,8 +49,7 @@ TARGET_ROWS = (1, 4, 16, 64)
 DRAFT_SEQUENCES = (1, 4, 16)
 PROFILE_REPEATS = 2
 PROFILE_CONTEXT = 64  # tokens of context in the measured passes
-# Set aside: CUDA graphs' memory, and the fixed buffers of their passes, logits above all.
-SET_ASIDE_BYTES = device.GRAPH_BYTES + (1 << 29)
+BUFFER_BYTES = 1 << 29  # set aside for the fixed buffers of passes, logits above all; beside them, for CUDA graphs
 SETTLED_ROWS = 16  # passes of up to so many rows have their linear maps measured; more are cuBLAS's
 CPU_PASS = PassSize(max_tokens=16, max_sequences=2, rows_per_sequence=4, max_context=64)  # proves that a pass runs
 
@@ -161,7 +160,7 @@ class ShardWorker:
         used, total = used_and_total(self._device) if on_gpu else (0, self._free_bytes())
         usage = ShardUsage(
             temporary_bytes=temporary,
-            graph_bytes=SET_ASIDE_BYTES if on_gpu and not spec.enforce_eager else 0,
+            graph_bytes=(BUFFER_BYTES + (0 if spec.enforce_eager else device.GRAPH_BYTES)) if on_gpu else 0,
             bytes_per_block=self._model.bytes_per_block(spec.block_size),
         )
         return Measured(total_bytes=total, used_bytes=used, shard=usage)

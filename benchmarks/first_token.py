@@ -1,7 +1,8 @@
 """A short request that comes while a long prompt prefills: python -m benchmarks.first_token [--prompt-tokens 30000 …]
 
-Without model paths on the embedded pair, or with --tiny on the tests' tiny pair (a CPU takes the 30,000 tokens in
-seconds). One engine, `pearl`, with --chunk tokens a forward pass (max_num_batched_tokens). Measured in one run:
+With --tiny on the tests' tiny pair (a CPU takes the 30,000 tokens in seconds); else on models that take so many: a
+pair of `scaled_checkpoint --context 32768`, say; the embedded pair takes --prompt-tokens 8000. One engine, `pearl`,
+with --chunk tokens a forward pass (max_num_batched_tokens). Measured in one run:
 
   chunk    seconds of one chunk of the long prompt: its time to first token by its chunks, the short request beside it
   first    time to first token of a 20-token request submitted when a third of the prefill is done; bar: 3 chunks

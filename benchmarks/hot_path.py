@@ -200,9 +200,20 @@ def print_rounds(batch: int, found: dict[str, Rounds], step_bytes: int, bandwidt
             )
 
 
+def _await_memory(device: torch.device) -> None:
+    """The processes of an engine that ran before may still be ending: the driver gives their memory back late."""
+    deadline = time.monotonic() + 30
+    free, total = torch.cuda.mem_get_info(device)
+    while free < 0.9 * total and time.monotonic() < deadline:
+        time.sleep(0.2)
+        free, _ = torch.cuda.mem_get_info(device)
+
+
 def pieces(args: argparse.Namespace, bandwidth: float) -> list[dict[str, object]]:
     """Passes and draft steps alone, on one device, in this process."""
     device = torch.device("cuda:0" if args.device == "cuda" else "cpu")
+    if device.type == "cuda":
+        _await_memory(device)
     cache_dir = env.cache_dir()
     models = open_models(args.target, args.draft, str(cache_dir), with_draft=True)
     batches = [int(b) for b in args.batches.split(",")]

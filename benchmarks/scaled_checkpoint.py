@@ -124,16 +124,26 @@ def _small(source: str, target: object) -> WeightSource:
 
 
 def make_directory(
-    output: Path, source: str | Path, shape: Shape, *, target: str | Path | None = None, dtype: str = "bfloat16"
+    output: Path,
+    source: str | Path,
+    shape: Shape,
+    *,
+    target: str | Path | None = None,
+    dtype: str = "bfloat16",
+    context: int | None = None,
 ) -> ScaledSource:
     """Write config, tokenizer and ``scaled.json``; returns the source that they describe.
 
     Args:
         source: the small checkpoint; ``target``: whose embedding and tokenizer it takes, for a draft without.
+        context: longest sequence in tokens; beyond the source's own the text means less, the cost is the same.
     """
     small = _small(str(source), target)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps(scaled_config(small.config, shape, dtype), indent=2))
+    config = scaled_config(small.config, shape, dtype)
+    if context is not None:
+        config["max_position_embeddings"] = context
+    (output / "config.json").write_text(json.dumps(config, indent=2))
     from_target = takes_vocabulary_from_target(source)
     assert target is not None or not from_target
     tokenizer = load_tokenizer(str(target) if from_target else source)
@@ -181,6 +191,7 @@ def main() -> None:
         "--vocab", choices=["source", "preset"], default="source", help="preset: the source's rows repeated"
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--context", type=int, help="longest sequence, in tokens  [default: the source's]")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--write", action="store_true", help="write the weights too, as safetensors")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where they are made")
@@ -194,7 +205,7 @@ def main() -> None:
     if options.vocab == "source":
         shape = replace(shape, vocab_size=config.vocab_size)
     began = time.monotonic()
-    made = make_directory(options.output, source, shape, target=target, dtype=options.dtype)
+    made = make_directory(options.output, source, shape, target=target, dtype=options.dtype, context=options.context)
     if options.write:
         write_weights(made, options.output, torch.device(options.device))
     numbers = num_parameters(made)

@@ -88,6 +88,7 @@ def _advance(
         window = tl.load(drafted + me * drafted_stride + 1 + i, mask=in_window, other=-1)
         before = tl.load(drafted + me * drafted_stride + i, mask=(i > 0) & (i <= kept), other=0)
         tl.store(pending + me * pending_stride + i, window, mask=in_window)
+        tl.debug_barrier()  # every thread has read what is replaced now
         tl.store(committed + me, length)
         tl.store(newest + me, fed)
         tl.store(num_pending + me, kept)

@@ -55,7 +55,7 @@ class Drafted(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What the batch's sequences ask of the end of a step; each is a graph of its own."""
+    """What the batch's sequences ask of the end of a step."""
 
     is_filtered: bool = False
     has_both: bool = False
@@ -110,7 +110,7 @@ class DraftSteps:
         self._end(logits_SV, count, variant)
         size = padded(count, SEQUENCE_BUCKETS)
         for _ in range(1, steps):
-            self._runner.graphs.run(("step", size, variant), lambda: self._step(size, variant))
+            self._next(size, variant)
             self.num_steps += 1
         return self._collect(steps, count, variant)
 
@@ -119,10 +119,14 @@ class DraftSteps:
         self._runner.tables.keep(seq_ids)
 
     def capture(self, batches: Iterable[int]) -> None:
-        """Make graphs of plain steps for so many sequences, as far as the budget goes."""
-        for size in sorted({padded(batch, SEQUENCE_BUCKETS) for batch in batches}, reverse=True):
+        """Make graphs of plain steps for so many sequences, then of the others' passes, as far as the budget goes."""
+        sizes = sorted({padded(batch, SEQUENCE_BUCKETS) for batch in batches}, reverse=True)
+        for size in sizes:
             self._clear()
-            self._runner.graphs.capture(("step", size, Variant()), lambda size=size: self._step(size, Variant()))
+            self._runner.graphs.capture(("step", size), lambda size=size: self._step(size, Variant()))
+        for size in sizes:
+            self._clear()
+            self._runner.graphs.capture(("pass", size), lambda size=size: self._pass(size))
 
     def warm_up(self) -> None:
         """Launch what ends a step once, so that its kernels are compiled before the rounds. Collective, before them."""
@@ -168,10 +172,22 @@ class DraftSteps:
         columns = (device[f"draw_{name}"][:count] for name, _ in DRAWS)
         return RowDraws(*columns, is_filtered=variant.is_filtered, has_both=variant.has_both)
 
+    def _next(self, size: int, variant: Variant) -> None:
+        """Queue a step. A plain one is one graph; of the others the pass is, which is most of their launches."""
+        if variant == Variant():
+            self._runner.graphs.run(("step", size), lambda: self._step(size, variant))
+            return
+        self._runner.graphs.run(("pass", size), lambda: self._pass(size))
+        self._end(self._runner.logits_RV[:size], size, variant)
+
     def _step(self, size: int, variant: Variant) -> None:
         """One token per sequence, from the last one drawn."""
         logits_SV = self._runner.forward(self._arrays.device, Shape(size, size, 1))
         self._end(logits_SV, size, variant)
+
+    def _pass(self, size: int) -> None:
+        """The same without its end: the logits stay where no graph's own memory is."""
+        self._runner.logits_RV[:size] = self._runner.forward(self._arrays.device, Shape(size, size, 1))
 
     def _end(self, logits_SV: torch.Tensor, count: int, variant: Variant) -> None:
         """Draw a token per sequence, keep it, and make it the next step's input."""

@@ -21,7 +21,7 @@ class GraphPool:
     that must live longer belong in tensors made before. Without a GPU, or ``enabled=False``, functions are just called.
 
     Attributes:
-        num_captured, seconds, bytes: what capturing has cost.
+        num_captured, seconds, bytes: what capturing has cost; without the compiling of kernels.
         num_replayed, num_called: runs either way.
     """
 
@@ -50,7 +50,7 @@ class GraphPool:
             return key in self._graphs
         if not self._agree(self.seconds < self._budget_s and self.bytes < self._budget_bytes):
             return False
-        began, free = time.monotonic(), torch.cuda.mem_get_info(self._device)[0]
+        free = torch.cuda.mem_get_info(self._device)[0]
         reserved = torch.cuda.memory_reserved(self._device)
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
@@ -60,6 +60,8 @@ class GraphPool:
             function()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # what the call above took would stay beside the graphs' own memory
+        began = time.monotonic()  # now, as compiling is owed anyway, here or by the first round of this kind
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.disable()  # a tensor that is freed during a capture would be part of it

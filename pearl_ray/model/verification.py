@@ -21,7 +21,7 @@ from pearl_ray.kernels.advance import RoundInput, RoundState, advance, place
 from pearl_ray.kernels.sampler import RowDraws, Sampler, draw_columns, filter_flags
 from pearl_ray.model.batching import Entry
 from pearl_ray.model.draft_steps import DRAWS
-from pearl_ray.model.passes import SEQUENCE_BUCKETS, PassRunner, Shape, padded
+from pearl_ray.model.passes import QUERY_BUCKETS, SEQUENCE_BUCKETS, PassRunner, Shape, padded
 from pearl_ray.model.staging import Staging
 
 
@@ -156,7 +156,7 @@ class Verification:
         # What needs penalties, masks or probabilities is judged in float32.
         self._sampler.judge(logits_RV.float(), RowDraws(*columns), starts, tested, 1)
         rows = 2
-        while rows < 2 * longest:
+        while rows < 2 * padded(longest, QUERY_BUCKETS):
             self._sampler.judge(logits_RV, RowDraws(*columns), starts, tested, rows)
             rows *= 2
         self._count, self._next_shape = 1, runner.shape(1, 1, 1)

@@ -5,11 +5,15 @@ Float64, no exception excused, but for temperatures: the device holds them as fl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from pearl_ray.actors.device import profile
 from pearl_ray.actors.device_target import DeviceTargetLoop
 from pearl_ray.core.params import SamplingParams, StructuredOutputsParams
+from pearl_ray.model.graphs import GraphPool
+from pearl_ray.model.passes import Shape
 from tests.local_engine import LocalEngine
 
 PROMPTS = ["Once upon a time", "The 3 foxes ran.", "a", "What is it, then? No one can tell 1 from 2.", "hello hello"]
@@ -149,6 +153,27 @@ def test_drafting_waits_once_per_window(tiny_dirs, prompts):
         texts(engine, prompts, plain())
         [steps] = [loop.steps for loop in engine.draft_loops]
         assert 0 < steps.num_waits < steps.num_steps / 2
+
+
+@pytest.mark.parametrize("mode", ["pearl", "sd"])
+@pytest.mark.parametrize("fields", [{}, {"top_k": 5}, {"top_k": 5, "top_p": 0.9}, {"verification": "rejection"}])
+def test_every_draft_pass_of_a_decoding_round_has_its_graph(tiny_dirs, prompts, monkeypatch, mode, fields):
+    captured: dict[GraphPool, set[object]] = {}
+    ran: dict[GraphPool, set[object]] = {}
+
+    def run(pool: GraphPool, key: object, function: Callable[[], object]) -> None:
+        ran.setdefault(pool, set()).add(key)
+        function()
+
+    monkeypatch.setattr(GraphPool, "capture", lambda pool, key, _: captured.setdefault(pool, set()).add(key))
+    monkeypatch.setattr(GraphPool, "run", run)
+    params = [SamplingParams(temperature=1.0, seed=i, max_tokens=24, **fields) for i in range(11)]
+    with LocalEngine(tiny_dirs, on_device=True, mode=mode, num_blocks=256) as engine:
+        texts(engine, [prompts[i % len(prompts)] for i in range(11)], params)
+    [pool] = [parts.runner.graphs for parts in engine.device_parts if parts.steps is not None]
+    decoding = {key for key in ran[pool] if not isinstance(key, Shape) or key.rows <= key.seqs}
+    assert any(isinstance(key, Shape) for key in decoding) and len(decoding) > 4
+    assert decoding <= captured[pool]
 
 
 def test_the_costs_of_passes_and_steps_are_measured_for_every_size_there_is_room_for(tiny_dirs, prompts):

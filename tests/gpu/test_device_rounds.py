@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -13,6 +15,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 PROMPTS = ["Once upon a time", "The 3 foxes ran.", "a", "What is it, then? No one can tell 1 from 2.", "hello hello"]
 NUM_TOKENS = 64
+
+
+@pytest.fixture(autouse=True)
+def _no_graph_outlives_its_test():
+    yield
+    gc.collect()  # all graphs share torch's random state: one made in inference mode would spoil later ones
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +72,10 @@ def test_wishes_of_all_kinds_are_answered(dirs, fields):
 
 def test_graphs_give_what_launches_give(dirs):
     """bfloat16 under Triton's attention: the same shapes and kernels, so the same bits."""
-    eager, _ = texts(dirs, wishes(0.0), dtype="bfloat16", attention_backend="triton")
-    graphs, engine = texts(dirs, wishes(0.0), dtype="bfloat16", attention_backend="triton", use_graphs=True)
+    # Which rows share a pass is a matter of time, and so would be the rounding of a sum.
+    fixed = {"dtype": "bfloat16", "attention_backend": "triton", "deterministic": True}
+    eager, _ = texts(dirs, wishes(0.0), **fixed)
+    graphs, engine = texts(dirs, wishes(0.0), **fixed, use_graphs=True)
     assert graphs == eager
     for parts in engine.device_parts:
         pool = parts.runner.graphs
