@@ -50,7 +50,7 @@ DRAFT_SEQUENCES = (1, 4, 16)
 PROFILE_REPEATS = 2
 PROFILE_CONTEXT = 64  # tokens of context in the measured passes
 BUFFER_BYTES = 1 << 29  # set aside for the fixed buffers of passes, logits above all; beside them, for CUDA graphs
-SETTLED_ROWS = 16  # passes of up to so many rows have their linear maps measured; more are cuBLAS's
+SETTLED_ROWS = 64  # passes of up to so many rows have their linear maps measured; more are cuBLAS's
 CPU_PASS = PassSize(max_tokens=16, max_sequences=2, rows_per_sequence=4, max_context=64)  # proves that a pass runs
 
 

@@ -234,7 +234,7 @@ def pieces(args: argparse.Namespace, bandwidth: float) -> list[dict[str, object]
             block_size=16,
             on_layer_loaded=lambda done, total: None,
         )
-        model.transformer.settle(16)
+        model.transformer.settle(64)
         widest = max(batches)
         per_sequence = -(-(CONTEXT + 32) // 16)
         cache = model.make_cache(per_sequence * widest, 16)

@@ -75,10 +75,11 @@ class TritonAttention:
             starts, lengths, owners = cut_up(starts, lengths, max(FIXED_ROWS // group_size, 1))
             if len(owners) > len(tables):
                 tables = tables.index_select(0, _on_device(owners, torch.int64, device))
-        facts = _on_device((*starts, *lengths), torch.int32, device)
+        fill = [0] * (-len(starts) % 4)  # Triton compiles anew for addresses that aren't multiples of 16 bytes
+        facts = _on_device((*starts, *fill, *lengths), torch.int32, device)
         return TritonMetadata(
             facts[: len(starts)],
-            facts[len(starts) :],
+            facts[len(starts) + len(fill) :],
             tables,
             batch.slots_T,
             head_start,

@@ -36,13 +36,14 @@ def _feed(
     position = tl.load(positions + seq, mask=exists, other=0) + goes_on.to(tl.int32)
     lane = tl.load(lanes + seq, mask=exists, other=0).to(tl.int64)
     block = tl.load(tables + lane * table_stride + position // block_size, mask=exists & goes_on, other=0)
+    draw_position = tl.load(draw_positions + seq, mask=exists, other=0)
+    tl.debug_barrier()  # every thread has read what is replaced now
     tl.store(window + step * window_stride + seq, token, mask=exists)
     tl.store(token_ids + seq, token, mask=exists)
     tl.store(positions + seq, position, mask=exists)
     tl.store(slots + seq, tl.where(goes_on, block * block_size + position % block_size, -1), mask=exists)
     tl.store(context_lens + seq, position + 1, mask=exists)
-    tl.store(draw_positions + seq, tl.load(draw_positions + seq, mask=exists, other=0) + 1, mask=exists)
-    tl.debug_barrier()  # every thread has read the step
+    tl.store(draw_positions + seq, draw_position + 1, mask=exists)
     tl.store(step_at, step + 1)
 
 

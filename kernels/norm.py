@@ -18,6 +18,7 @@ def _rms_norm(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
+    gain = tl.load(weight + column, mask=inside, other=0.0)  # first: from far memory, while the others come
     wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         kept = residual + row * WIDTH + column
@@ -26,7 +27,6 @@ def _rms_norm(
         wide = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
     normed = (wide * scale).to(out.dtype.element_ty)
-    gain = tl.load(weight + column, mask=inside, other=0.0)
     tl.store(out + row * WIDTH + column, normed * gain, mask=inside)
 
 

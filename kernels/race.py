@@ -22,7 +22,7 @@ from pearl_ray.kernels.noise import block_gumbel
 BLOCK = 2048
 _COUPLED = int(Purpose.COUPLED)
 _NO_ID = tl.constexpr(2**31 - 1)
-_MAX_CANDIDATES = 16384  # rows x blocks that one program of ``judge`` holds
+_MAX_CANDIDATES = 4096  # rows x blocks that one program of ``judge`` holds
 
 
 @dataclass(frozen=True, slots=True)
