@@ -1,9 +1,9 @@
-"""Linear maps of 1 to 16 rows at the speed of reading the weights: two Triton kernels, cuBLAS, and a measured choice.
+"""Linear maps of 1 to 64 rows at the speed of reading the weights: two Triton kernels, cuBLAS, and a measured choice.
 
 ``products`` keeps one product per weight in registers and sums at the end: for 1 to 4 rows. ``dots`` uses the matrix
-units with rows filled up to 16 and weights streamed through shared memory. No split over the inner dimension, so a
-result doesn't depend on the order in which programs end. ``fixed_linear`` takes any number of rows through one tile
-shape, so that a row's bits depend on nothing but the row. Knows shapes; knows no layers.
+units with rows filled up to 16, 32 or 64 and weights streamed through shared memory. No split over the inner dimension,
+so a result doesn't depend on the order in which programs end. ``fixed_linear`` takes any number of rows through one
+tile shape, so that a row's bits depend on nothing but the row. Knows shapes; knows no layers.
 
 Shapes: M rows, N outputs, K inputs; weights ``[N, K]``.
 """
