@@ -46,8 +46,8 @@ def wait_until(ready: Callable[[], bool], timeout_s: float, *, spin_s: float = 5
     """Wait for ``ready()``; False at the deadline. What ``ready`` raises goes through.
 
     Spins for ``spin_s``, then gives the core away after each look for ``yield_s`` (on two cores with seven ranks the
-    one waited for must get to run), then sleeps in growing steps of up to 100 µs, so that an idle wait costs about 2 %
-    of a core.
+    one waited for must get to run), then sleeps in growing steps of up to 100 µs: an idle wait costs 2 to 20 % of a
+    core, as the machine's timers go.
     """
     if ready():
         return True
