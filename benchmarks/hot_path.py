@@ -28,6 +28,7 @@ import torch
 from benchmarks.prompts import read_prompts
 from pearl_ray import PearlConfig, PearlEngine, SamplingParams, env
 from pearl_ray.actors.device import DeviceParts, can_capture, make_parts
+from pearl_ray.actors.worker import SETTLED_ROWS
 from pearl_ray.core.comm import SingleGroup
 from pearl_ray.core.messages import DraftSummary, RoundSummary
 from pearl_ray.core.outputs import RequestOutput
@@ -234,7 +235,7 @@ def pieces(args: argparse.Namespace, bandwidth: float) -> list[dict[str, object]
             block_size=16,
             on_layer_loaded=lambda done, total: None,
         )
-        model.transformer.settle(64)
+        model.transformer.settle(SETTLED_ROWS)
         widest = max(batches)
         per_sequence = -(-(CONTEXT + 32) // 16)
         cache = model.make_cache(per_sequence * widest, 16)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -24,6 +22,7 @@ from pearl_ray.core.requests import Update
 from pearl_ray.serving.backend import Model
 from pearl_ray.serving.server import HttpServer, bind
 from pearl_ray.serving.settings import ServerSettings
+from tests.together import holds_within
 
 ANSWER = "The quick brown fox jumps over the lazy dog. "
 VOCAB_SIZE = 0x3000
@@ -230,10 +229,7 @@ def _prompt_logprobs(prompt: list[int], params: SamplingParams) -> list[dict[int
 
 def wait_until(condition: Callable[[], object], timeout_s: float = WAIT_S) -> None:
     """Poll, from another thread than the server's."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        threading.Event().wait(0.01)
+    assert holds_within(condition, timeout_s), "it never came true"
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Several parties of one process at once, in threads."""
+"""Several parties of one process at once, in threads, and waiting for what they do."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 PATIENCE_S = 120.0  # longer than any deadline that a party has of its own: loaded machines stall
@@ -25,6 +26,14 @@ def together(*jobs: Callable[[], object]) -> list[object]:
         thread.join(PATIENCE_S)
         assert not thread.is_alive(), "a party hangs"
     return results
+
+
+def holds_within(condition: Callable[[], object], seconds: float) -> bool:
+    """Whether it holds, now or by then."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(found)
 
 
 class Pace:

@@ -123,7 +123,7 @@ class DraftSteps:
         sizes = sorted({padded(batch, SEQUENCE_BUCKETS) for batch in batches}, reverse=True)
         for size in sizes:
             self._clear()
-            self._runner.graphs.capture(("step", size), lambda size=size: self._step(size, Variant()))
+            self._runner.graphs.capture(("step", size), lambda size=size: self._step(size))
         for size in sizes:
             self._clear()
             self._runner.graphs.capture(("pass", size), lambda size=size: self._pass(size))
@@ -175,19 +175,21 @@ class DraftSteps:
     def _next(self, size: int, variant: Variant) -> None:
         """Queue a step. A plain one is one graph; of the others the pass is, which is most of their launches."""
         if variant == Variant():
-            self._runner.graphs.run(("step", size), lambda: self._step(size, variant))
+            self._runner.graphs.run(("step", size), lambda: self._step(size))
             return
         self._runner.graphs.run(("pass", size), lambda: self._pass(size))
         self._end(self._runner.logits_RV[:size], size, variant)
 
-    def _step(self, size: int, variant: Variant) -> None:
-        """One token per sequence, from the last one drawn."""
-        logits_SV = self._runner.forward(self._arrays.device, Shape(size, size, 1))
-        self._end(logits_SV, size, variant)
+    def _step(self, size: int) -> None:
+        """One token per sequence, from the last one drawn; plain."""
+        self._end(self._logits(size), size, Variant())
 
     def _pass(self, size: int) -> None:
         """The same without its end: the logits stay where no graph's own memory is."""
-        self._runner.logits_RV[:size] = self._runner.forward(self._arrays.device, Shape(size, size, 1))
+        self._runner.logits_RV[:size] = self._logits(size)
+
+    def _logits(self, size: int) -> torch.Tensor:
+        return self._runner.forward(self._arrays.device, Shape(size, size, 1))
 
     def _end(self, logits_SV: torch.Tensor, count: int, variant: Variant) -> None:
         """Draw a token per sequence, keep it, and make it the next step's input."""

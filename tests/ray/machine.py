@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.together import holds_within
+
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "0123456789abcdef0123456789abcdef"
 PATIENCE_S = 60.0  # for what has to happen, but by itself: loaded machines stall
@@ -115,10 +117,7 @@ class Machine:
 
 def wait_for(holds: Callable[[], bool]) -> bool:
     """Whether it holds, now or within ``PATIENCE_S``."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (found := holds()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return found
+    return holds_within(holds, PATIENCE_S)
 
 
 def shared_memory() -> set[str]:
