@@ -159,10 +159,11 @@ class BringUp:
         return f"{await self._shards[host].open_store.remote()}/{label}"
 
     async def _measure_memory(self, models: Models, max_model_len: int) -> dict[ShardId, Measured]:
-        """One model after the other: where they share a GPU, neither counts the other's pass as its own memory."""
+        """One model after the other: where they share a GPU, neither disturbs the other's measurements."""
         measured: dict[ShardId, Measured] = {}
         for role in self._spec.roles:
             ranks = {key: shard for key, shard in self._shards.items() if key[0] == role}
+            await asyncio.gather(*(shard.settle.remote() for shard in ranks.values()))
             calls = (shard.measure.remote(models.num_valid[role], max_model_len) for shard in ranks.values())
             measured |= dict(zip(ranks, await asyncio.gather(*calls), strict=True))
         return measured

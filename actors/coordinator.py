@@ -130,7 +130,7 @@ class CoordinatorActor:
             config,
             pools[0],
             pools[1] if "draft" in spec.roles else None,
-            WindowPolicy(spec.mode, spec.num_speculative_tokens, deployment.costs),
+            WindowPolicy(spec.mode, spec.num_speculative_tokens, deployment.costs, shares_device=spec.colocate),
             decode=self._intake.tokenizer.decode,
             clock=time.monotonic,
         )

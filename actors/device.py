@@ -106,7 +106,7 @@ def capture(role: str, parts: DeviceParts, max_width: int) -> None:
         assert parts.steps is not None
         if is_cuda:
             parts.steps.warm_up()
-        parts.steps.capture(size for size in SEQUENCE_BUCKETS if size < 2 * runner.max_seqs)
+        parts.steps.capture(size for size in SEQUENCE_BUCKETS if size <= padded(runner.max_seqs, SEQUENCE_BUCKETS))
         runner.capture(verification_shapes(runner, 2))  # a round's first pass: one row each, two after a bonus token
     runner.graphs.log(role)
 

@@ -72,7 +72,8 @@ class DraftLoop:
         advance_s = time.monotonic() - received
         if self.coordinator is not None:
             times = (started, finished, forward_s, wait_s)
-            self.coordinator.send(DraftSummary(number, checksum, *times, scribe.num_steps, advance_s))
+            num_fed = sum(work.draft_fed for work in plan.works)
+            self.coordinator.send(DraftSummary(number, checksum, *times, scribe.num_steps, advance_s, num_fed))
 
     def _scribe(self, plan: RoundPlan) -> _Scribe | DeviceScribe:
         first = self._first_entries(plan)

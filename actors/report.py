@@ -25,6 +25,7 @@ def status(spec: DeploymentSpec, deployment: Deployment | None, controller: Cont
         "draft_tensor_parallel_size": spec.draft_tp if "draft" in spec.roles else 0,
         "dtype": spec.dtype,
         "device": spec.device,
+        "colocate": spec.colocate,
         "max_model_len": deployment.max_model_len if deployment else None,
         "kv_cache_blocks": deployment.num_blocks if deployment else None,
         "bridge": dataclasses.asdict(deployment.bridge) if deployment and deployment.bridge else None,

@@ -133,10 +133,14 @@ class ShardWorker:
             deterministic=spec.deterministic,
             on_layer_loaded=self._count_layer,
         )
-        self._model.transformer.settle(SETTLED_ROWS)
 
     def _count_layer(self, done: int, total: int) -> None:
         self.layers = (done, total)
+
+    def settle(self) -> None:
+        """Choose how each linear map is computed, by measurement. Models that share a device settle one at a time."""
+        assert self._model is not None
+        self._model.transformer.settle(SETTLED_ROWS)
 
     def measure(self, num_valid: int, max_model_len: int) -> Measured:
         """Run the largest pass that the settings allow and say what it takes, and what else is taken.

@@ -18,7 +18,8 @@ import triton
 from pearl_ray.kernels.activation import silu_mul
 from pearl_ray.kernels.attention_triton import Plan, TritonAttention, TritonMetadata, make_plan
 from pearl_ray.kernels.filters import find_cuts
-from pearl_ray.kernels.linear import TORCH, LinearChoices, candidates, linear
+from pearl_ray.kernels.linear import TORCH, candidates
+from pearl_ray.kernels.linear_choice import COLD_BYTES, milliseconds
 from pearl_ray.kernels.norm import rms_norm
 from pearl_ray.kernels.proposal import propose
 from pearl_ray.kernels.race import Draws, judge, race
@@ -127,21 +128,19 @@ def bench_attention(copy: float, sweep: bool) -> None:
 
 
 def bench_linear(copy: float) -> None:
-    """Each shape's ways at 1 to 16 rows: weight bytes over time over the copy bandwidth."""
-    choices = LinearChoices()
-    print("linear [out, in], rows: cuBLAS, then the fastest kernel, as fractions of the copy bandwidth")
+    """Each shape's ways at 1 to 64 rows: weight bytes over the time of map and norm over the copy bandwidth."""
+    print("linear [out, in] x rows, with the norm before it, as a model runs it: cuBLAS; the best kernels")
     for outputs, inputs in ((51200, 5120), (10240, 5120), (5120, 8192), (5120, 25600), (6144, 1024), (1024, 3072)):
-        weight = torch.randn((outputs, inputs), dtype=DTYPE, device=DEVICE)
-        for rows in (1, 2, 4, 8, 16, 32, 64):
-            x = torch.randn((rows, inputs), dtype=DTYPE, device=DEVICE)
-            times = {}
-            for choice in candidates(rows):
-                times[choice] = microseconds(lambda x=x, w=weight, c=choice: linear(x, w, None, c), 11)  # type: ignore[misc]
-            best = min((c for c in times if c != TORCH), key=times.__getitem__)
-            fractions = [weight.nbytes / times[c] / copy for c in (TORCH, best)]
-            chosen = choices.of(weight, rows).kind
-            shown = f"{times[TORCH]:.1f} us {fractions[0]:.3f}; {times[best]:.1f} us {fractions[1]:.3f}"
-            print(f"  [{outputs}, {inputs}] x {rows}: {shown}  {best}; chosen: {chosen}")
+        count = max(4, min(16, COLD_BYTES // (2 * outputs * inputs)))
+        weights = [torch.randn((outputs, inputs), dtype=DTYPE, device=DEVICE) for _ in range(count)]
+        for rows in (1, 4, 8, 32, 64):
+            times = {choice: 1000 * milliseconds(weights, rows, choice) for choice in candidates(rows)}
+            library = times.pop(TORCH)
+            shares = [f"{library:.1f} us {weights[0].nbytes / library / copy:.3f}"]
+            for choice in sorted(times, key=times.__getitem__)[:2]:
+                shown = f"{choice.kind} {choice.block_n} {choice.block_k} {choice.warps} {choice.stages}"
+                shares.append(f"{times[choice]:.1f} us {weights[0].nbytes / times[choice] / copy:.3f} {shown}")
+            print(f"  [{outputs}, {inputs}] x {rows}: {'; '.join(shares)}", flush=True)
 
 
 def draws_of(rows: int, temperature: float) -> Draws:

@@ -6,9 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from pearl_ray.kernels.overlap import OVERLAPPED, follow
+
 
 @triton.jit
 def _silu_mul(gate_up, out, stride, width, BLOCK: tl.constexpr):
+    follow()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -24,7 +27,9 @@ def silu_mul(gate_up_TI: torch.Tensor) -> torch.Tensor:
     assert gate_up_TI.stride(1) == 1
     out = torch.empty((rows, width), dtype=gate_up_TI.dtype, device=gate_up_TI.device)
     block = min(1024, triton.next_power_of_2(width))
-    _silu_mul[(rows, triton.cdiv(width, block))](gate_up_TI, out, gate_up_TI.stride(0), width, BLOCK=block)
+    _silu_mul[(rows, triton.cdiv(width, block))](
+        gate_up_TI, out, gate_up_TI.stride(0), width, BLOCK=block, **OVERLAPPED
+    )
     return out
 
 

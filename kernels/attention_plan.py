@@ -12,7 +12,8 @@ from itertools import pairwise
 import torch
 import triton
 
-MIN_SPLIT_KEYS = 128  # a part of the keys is at least this long
+MIN_SPLIT_KEYS = 256  # a part of the keys is at least this long
+ALONE_KEYS = 512  # so many keys are one part: joining parts takes as long as reading a few hundred more
 MAX_TILE = 128 * 128  # rows x width of a tile of query rows
 FIXED_SPLIT_KEYS = 512  # a part of the keys of a fixed plan: one begins at every multiple
 FIXED_ROWS = 32  # of a tile of a fixed plan
@@ -50,9 +51,12 @@ class TritonMetadata:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The launch: rows of a tile, keys of a block, tiles per sequence, parts of the keys, warps, pipeline stages.
+    """The launch: rows of a tile, keys of a block, tiles per sequence, most parts of the keys, warps, pipeline stages.
 
     Attributes:
+        min_keys: a part of the keys is at least this long,
+        alone_keys: and keys up to so many are one part, for joining parts takes as long as reading some hundred keys.
+        has_one_loop: every block is masked, and loaded ahead of its turn; else the last ones alone, on their turn.
         is_fixed: what a row's result is made of, and in which order, depends on its position alone: one tile shape,
             parts of ``FIXED_SPLIT_KEYS`` keys, joined by the same kernel, products and sums rounded one by one.
     """
@@ -63,12 +67,15 @@ class Plan:
     splits: int
     warps: int
     stages: int
+    min_keys: int = MIN_SPLIT_KEYS
+    alone_keys: int = 0
+    has_one_loop: bool = False
     is_fixed: bool = False
 
     @property
     def min_split_keys(self) -> int:
         """A part of the keys is at least this long; of a fixed plan, this long."""
-        return FIXED_SPLIT_KEYS if self.is_fixed else MIN_SPLIT_KEYS
+        return FIXED_SPLIT_KEYS if self.is_fixed else self.min_keys
 
 
 def make_plan(metadata: TritonMetadata, num_kv: int, head_dim: int, num_sms: int) -> Plan:
@@ -78,14 +85,32 @@ def make_plan(metadata: TritonMetadata, num_kv: int, head_dim: int, num_sms: int
     least = max(16, triton.next_power_of_2(metadata.group_size))
     rows = max(least, min(most, triton.next_power_of_2(metadata.max_query_len * metadata.group_size)))
     tiles = triton.cdiv(metadata.max_query_len, rows // metadata.group_size)
-    block = 32 if dim == 256 else 64 if dim == 128 else 128
+    block = 32 if dim == 256 else 64 if dim == 128 else 128  # 32 KiB of keys and values
     programs = tiles * num_kv * len(metadata.context_lens_S)
+    if rows == 16 and dim == 128 and programs <= num_sms:
+        return _plan_for_few(metadata, rows, tiles, programs, num_sms)
     # A few parts that are long leave less to join; where a launch has many programs anyway, two run at a time.
     per_sm = 1 if programs * 8 <= num_sms else 2
-    if (per_sm == 1 or metadata.max_context_len <= 1024) and rows <= 32 and dim < 256:
-        block = 128
-    splits = max(1, min(per_sm * num_sms // programs, triton.cdiv(metadata.max_context_len, MIN_SPLIT_KEYS)))
-    return Plan(rows, block, tiles, splits, 8 if rows >= 128 else 4, 2 if block == 128 and dim == 128 else 3)
+    splits = _num_splits(metadata, per_sm * num_sms // programs, MIN_SPLIT_KEYS)
+    # As many blocks on their way as leave room for two programs: three, or two beside a large tile of queries.
+    stages = 4 if rows * dim <= 32 * 128 else 3
+    # A small tile's time goes into finding its keys' addresses and the like: more warps have fewer of them each.
+    warps = 8 if rows >= 128 or (rows == 16 and block >= 64) else 4
+    # Masking a block costs a small tile next to nothing, and one loop has every block loaded ahead.
+    return Plan(rows, block, tiles, splits, warps, stages, alone_keys=ALONE_KEYS, has_one_loop=rows <= 64)
+
+
+def _plan_for_few(metadata: TritonMetadata, rows: int, tiles: int, programs: int, num_sms: int) -> Plan:
+    """A query token of a few sequences, by a sweep on an H200 at 264 to 32,768 tokens (docs/performance.md)."""
+    if programs * 8 <= num_sms:
+        splits = _num_splits(metadata, num_sms // programs, 128)
+        return Plan(rows, 128, tiles, splits, 8, 3, min_keys=128)
+    splits = _num_splits(metadata, 2 * num_sms // programs, MIN_SPLIT_KEYS)
+    return Plan(rows, 128, tiles, splits, 8, 2, alone_keys=ALONE_KEYS, has_one_loop=True)
+
+
+def _num_splits(metadata: TritonMetadata, most: int, min_keys: int) -> int:
+    return max(1, min(most, triton.cdiv(metadata.max_context_len, min_keys)))
 
 
 def make_fixed_plan(metadata: TritonMetadata, head_dim: int) -> Plan:

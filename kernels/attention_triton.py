@@ -14,7 +14,8 @@ import triton
 
 from pearl_ray.core.batch import ForwardBatch, StaticBatch
 from pearl_ray.core.errors import ConfigError
-from pearl_ray.kernels.attention_kernel import attend, join
+from pearl_ray.kernels.attention_join import join
+from pearl_ray.kernels.attention_kernel import attend
 from pearl_ray.kernels.attention_plan import (
     FIXED_ROWS,
     MAX_TILE,
@@ -26,6 +27,7 @@ from pearl_ray.kernels.attention_plan import (
     slices,
 )
 from pearl_ray.kernels.kv_store import store_kv
+from pearl_ray.kernels.overlap import OVERLAPPED
 
 __all__ = ["DTYPES", "HEAD_DIMS", "Plan", "TritonAttention", "TritonMetadata", "make_plan", "num_multiprocessors"]
 
@@ -185,8 +187,10 @@ class TritonAttention:
         assert plan.splits == 1 or not is_joined_last or parts <= len(counters)
         has_masks = metadata.masks_T is not None
         shape = {"HEAD_DIM": head_dim, "DIM": dim, "GROUP": metadata.group_size, "ROWS": plan.rows, "BLOCK": plan.block}
-        shape |= {"MIN_BLOCKS": max(1, plan.min_split_keys // plan.block), "HAS_MASKS": has_masks}
-        attend[(plan.tiles, num_kv * plan.splits, num_seqs)](
+        shape |= {"HAS_MASKS": has_masks}
+        least = max(1, plan.min_split_keys // plan.block)
+        alone = 0 if plan.is_fixed else triton.cdiv(plan.alone_keys, plan.block)
+        attend[(plan.tiles * num_kv, num_seqs, plan.splits)](
             q_THD,
             k_cache,
             v_cache,
@@ -201,7 +205,9 @@ class TritonAttention:
             partial_top,
             counters,
             head_dim**-0.5 * 1.4426950408889634,
-            plan.splits,
+            num_kv,
+            least,
+            alone,
             q_THD.stride(0),
             q_THD.stride(1),
             out_THD.stride(0),
@@ -213,8 +219,11 @@ class TritonAttention:
             **shape,
             PAGE=metadata.block_size,
             JOIN_LAST=is_joined_last,
+            ONE_LOOP=plan.has_one_loop,
+            LATE_SUM=plan.rows == 16,
             STAGES=plan.stages,
             num_warps=plan.warps,
+            **OVERLAPPED,
             enable_fp_fusion=not plan.is_fixed,  # else masked and unmasked blocks round differently
         )
         if plan.splits > 1 and not is_joined_last:
@@ -228,11 +237,14 @@ class TritonAttention:
                 partial_top,
                 plan.splits,
                 num_kv,
+                least,
+                alone,
                 out_THD.stride(0),
                 out_THD.stride(1),
                 **shape,
                 SOME=some,
                 num_warps=2,
+                **OVERLAPPED,
                 enable_fp_fusion=not plan.is_fixed,
             )
 

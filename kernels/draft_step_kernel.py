@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from pearl_ray.kernels.draft_step import StepState
+from pearl_ray.kernels.overlap import OVERLAPPED, follow
 
 
 @triton.jit(do_not_specialize=["num_seqs"])  # a compilation for each power of two, not for 13 and for 16
@@ -28,6 +29,7 @@ def _feed(
     block_size,
     SEQS: tl.constexpr,
 ):
+    follow()
     seq = tl.arange(0, SEQS)
     exists = seq < num_seqs
     step = tl.load(step_at)
@@ -53,5 +55,5 @@ def feed(state: StepState, tokens: torch.Tensor, tables_LB: torch.Tensor, block_
     _feed[(1,)](
         state.token_ids, state.positions, state.slots, state.context_lens, state.limits, state.lanes, state.step_1,
         state.window_WS, state.draws.positions, tokens, tables_LB, num_seqs, state.window_WS.stride(0),
-        tables_LB.stride(0), block_size, SEQS=triton.next_power_of_2(num_seqs),
+        tables_LB.stride(0), block_size, SEQS=triton.next_power_of_2(num_seqs), **OVERLAPPED,
     )  # fmt: skip

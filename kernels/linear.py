@@ -1,4 +1,4 @@
-"""Linear maps of 1 to 64 rows at the speed of reading the weights: two Triton kernels, cuBLAS, and a measured choice.
+"""Linear maps of 1 to 64 rows at the speed of reading the weights: two Triton kernels, or cuBLAS.
 
 ``products`` keeps one product per weight in registers and sums at the end: for 1 to 4 rows. ``dots`` uses the matrix
 units with rows filled up to 16, 32 or 64 and weights streamed through shared memory. No split over the inner dimension,
@@ -11,7 +11,7 @@ Shapes: M rows, N outputs, K inputs; weights ``[N, K]``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,9 +19,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from pearl_ray.kernels.overlap import OVERLAPPED, follow
+
 MAX_ROWS = 64
 _FEWEST_ROWS = 16  # of a tile of the matrix units; all rows of a tile of ``fixed_linear``
 _MAX_ROWS_OF_PRODUCTS = 4
+_SHARED_BYTES = 227 << 10  # of a program, at most (sm_90)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +69,23 @@ def _products(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     here = (n < num_out)[:, None] & (k >= 0)[None, :]
     row_of = weight + n.to(tl.int64)[:, None] * num_in
+    # The first block of weights, which nobody computes, comes while the kernel before this one ends. Asking for more of
+    # them then, up to 32 KiB a program, made this kernel slower (docs/performance.md).
+    ahead = tl.load(row_of + k[None, :], mask=here & (k < num_in)[None, :], other=0.0)
+    follow()
     shape: tl.constexpr = (BLOCK_N, BLOCK_K) if ROWS == 1 else (ROWS, BLOCK_N, BLOCK_K)
     acc = tl.zeros(shape, tl.float32)
     for start in range(0, num_in, BLOCK_K):
         column = start + k
-        if EVEN:
-            w = tl.load(row_of + column[None, :], mask=here, other=0.0)
-        else:
-            w = tl.load(row_of + column[None, :], mask=here & (column < num_in)[None, :], other=0.0)
+        w = ahead
+        behind = column + BLOCK_K
+        ahead = tl.load(row_of + behind[None, :], mask=here & (behind < num_in)[None, :], other=0.0)
         if ROWS == 1:
             part = tl.load(x + column, mask=column < num_in, other=0.0).to(tl.float32)
             acc += w.to(tl.float32) * part[None, :]
@@ -124,6 +129,7 @@ def _dots(
     clamped = tl.minimum(n, num_out - 1)  # outputs beyond the last are computed and not stored
     w_at = weight + clamped.to(tl.int64)[:, None] * num_in + k[None, :]
     x_at = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
+    follow()
     acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for start in tl.range(0, num_in, BLOCK_K, num_stages=STAGES):
         if EVEN:
@@ -145,7 +151,13 @@ def candidates(num_rows: int) -> tuple[Choice, ...]:
     """The ways worth measuring for so many rows."""
     if num_rows > MAX_ROWS:
         return (TORCH,)
-    return (TORCH, *(PRODUCTS if num_rows <= _MAX_ROWS_OF_PRODUCTS else ()), *DOTS)
+    rows = _tile_rows(num_rows)
+    dots = (c for c in DOTS if (rows + c.block_n) * c.block_k * 2 * c.stages <= _SHARED_BYTES)
+    return (TORCH, *(PRODUCTS if num_rows <= _MAX_ROWS_OF_PRODUCTS else ()), *dots)
+
+
+def _tile_rows(num_rows: int) -> int:
+    return max(_FEWEST_ROWS, triton.next_power_of_2(num_rows))
 
 
 def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, choice: Choice) -> torch.Tensor:
@@ -156,15 +168,26 @@ def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | N
     assert num_rows <= MAX_ROWS
     tiles = (triton.cdiv(weight_NK.shape[0], choice.block_n),)
     if choice.kind == "dots":
-        sizes = {"ROWS": max(_FEWEST_ROWS, triton.next_power_of_2(num_rows)), "STAGES": choice.stages}
-        return _launch(_dots, (1, *tiles), x_MK, weight_NK, bias_N, choice, sizes)
+        return _launch_dots((1, *tiles), x_MK, weight_NK, bias_N, choice, _tile_rows(num_rows))
     return _launch(_products, tiles, x_MK, weight_NK, bias_N, choice, {"ROWS": triton.next_power_of_2(num_rows)})
 
 
 def fixed_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
     """:func:`linear` of any number of rows, 16 at a time, by ``FIXED``: a row's bits don't depend on the others."""
     grid = (triton.cdiv(x_MK.shape[0], _FEWEST_ROWS), triton.cdiv(weight_NK.shape[0], FIXED.block_n))
-    return _launch(_dots, grid, x_MK, weight_NK, bias_N, FIXED, {"ROWS": _FEWEST_ROWS, "STAGES": FIXED.stages})
+    return _launch_dots(grid, x_MK, weight_NK, bias_N, FIXED, _FEWEST_ROWS)
+
+
+def _launch_dots(
+    grid: tuple[int, ...],
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    choice: Choice,
+    rows: int,
+) -> torch.Tensor:
+    sizes = {"ROWS": rows, "STAGES": choice.stages, "EVEN": x_MK.shape[1] % choice.block_k == 0}
+    return _launch(_dots, grid, x_MK, weight_NK, bias_N, choice, sizes)
 
 
 def _launch(
@@ -192,67 +215,8 @@ def _launch(
         **sizes,
         BLOCK_N=choice.block_n,
         BLOCK_K=choice.block_k,
-        EVEN=num_in % choice.block_k == 0,
         HAS_BIAS=bias_N is not None,
         num_warps=choice.warps,
+        **OVERLAPPED,
     )
     return out
-
-
-@dataclass(slots=True)
-class LinearChoices:
-    """The fastest way for each (outputs, inputs, rows up to a power of two), measured when first asked for.
-
-    Ask for every shape before a CUDA graph is captured. Numerics differ between the ways by rounding, so ranks and
-    replicas that must agree bit for bit share one object's answers (``chosen`` can be copied).
-    """
-
-    chosen: dict[tuple[int, int, torch.dtype, int], Choice] = field(default_factory=dict)
-    _flush: torch.Tensor | None = None
-
-    def settle(self, weight_NK: torch.Tensor, num_rows: int) -> None:
-        """Measures this weight's shape for every number of rows up to ``num_rows``."""
-        bucket = 1
-        while bucket <= min(MAX_ROWS, triton.next_power_of_2(max(num_rows, 1))):
-            self.of(weight_NK, bucket)
-            bucket *= 2
-
-    def settled(self, weight_NK: torch.Tensor, num_rows: int) -> Choice:
-        """The choice that was measured; the library where none was. Never measures."""
-        if not 0 < num_rows <= MAX_ROWS:
-            return TORCH
-        bucket = 1 << (num_rows - 1).bit_length()
-        return self.chosen.get((weight_NK.shape[0], weight_NK.shape[1], weight_NK.dtype, bucket), TORCH)
-
-    def of(self, weight_NK: torch.Tensor, num_rows: int) -> Choice:
-        """The choice for this weight's shape; measures on first use (cold L2; milliseconds, and compilations)."""
-        if num_rows > MAX_ROWS or weight_NK.device.type != "cuda":
-            return TORCH
-        bucket = triton.next_power_of_2(num_rows)
-        key = (weight_NK.shape[0], weight_NK.shape[1], weight_NK.dtype, bucket)
-        if key not in self.chosen:
-            x_MK = torch.randn((bucket, weight_NK.shape[1]), dtype=weight_NK.dtype, device=weight_NK.device)
-            times = {c: self.time(x_MK, weight_NK, c) for c in candidates(bucket)}
-            self.chosen[key] = min(times, key=times.__getitem__)
-        return self.chosen[key]
-
-    def release(self) -> None:
-        """Give back the memory that measuring took."""
-        self._flush = None
-
-    def time(self, x_MK: torch.Tensor, weight_NK: torch.Tensor, choice: Choice, repeats: int = 11) -> float:
-        """Median milliseconds of one call with cold caches."""
-        if self._flush is None:
-            self._flush = torch.empty(256 << 20, dtype=torch.int8, device=x_MK.device)
-        linear(x_MK, weight_NK, None, choice)
-        pairs = []
-        for _ in range(repeats):
-            self._flush.zero_()  # keeps the device busy while the host launches
-            self._flush.amax()  # reads: else writing the zeros back would be the kernel's time
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            linear(x_MK, weight_NK, None, choice)
-            end.record()
-            pairs.append((begin, end))
-        torch.cuda.synchronize()
-        return sorted(begin.elapsed_time(end) for begin, end in pairs)[repeats // 2]

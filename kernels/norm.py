@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pearl_ray.kernels.overlap import OVERLAPPED, follow
+
 
 @triton.jit
 def _rms_norm(
@@ -18,7 +20,8 @@ def _rms_norm(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    gain = tl.load(weight + column, mask=inside, other=0.0)  # first: from far memory, while the others come
+    gain = tl.load(weight + column, mask=inside, other=0.0)  # cold, and nobody's output: on its way first
+    follow()
     wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         kept = residual + row * WIDTH + column
@@ -50,6 +53,7 @@ def rms_norm(
         BLOCK=block,
         HAS_RESIDUAL=has_residual,
         num_warps=min(16, max(1, block // 512)),
+        **OVERLAPPED,
     )
     return out
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 import torch
 
 from pearl_ray.kernels.activation import silu_mul
-from pearl_ray.kernels.linear import LinearChoices, fixed_linear, linear
+from pearl_ray.kernels.linear import fixed_linear, linear
+from pearl_ray.kernels.linear_choice import LinearChoices
 from pearl_ray.kernels.norm import rms_norm
 from pearl_ray.kernels.rotary import turn_and_store
 
@@ -36,9 +37,7 @@ class TritonLayerOps:
     def settle(self, weights: Iterable[torch.Tensor], num_rows: int) -> None:
         """See ``LayerOps``. Compiles and measures each new shape: seconds; what isn't settled goes to cuBLAS."""
         if not self.deterministic:
-            for weight_NK in weights:
-                self.choices.settle(weight_NK, num_rows)
-            self.choices.release()
+            self.choices.settle(list(weights), num_rows)
 
     def linear(self, x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """See ``LayerOps``. Never measures."""

@@ -18,6 +18,7 @@ import triton.language as tl
 from pearl_ray.core import rng
 from pearl_ray.core.rng import Purpose
 from pearl_ray.kernels.noise import block_gumbel
+from pearl_ray.kernels.overlap import OVERLAPPED, follow
 
 BLOCK = 2048
 _COUPLED = int(Purpose.COUPLED)
@@ -82,6 +83,7 @@ def _race(
     IS_CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    follow()
     row, block = tl.program_id(0), tl.program_id(1)
     first = vocab_start // 4 * 4 + block * BLOCK
     ids = first + tl.arange(0, BLOCK)
@@ -112,6 +114,7 @@ def best_candidate(best, best_id, rows, exists, num_candidates, CANDIDATES: tl.c
 
 @triton.jit
 def _reduce(best, best_id, score_out, id_out, num_candidates, CANDIDATES: tl.constexpr):
+    follow()
     row = tl.program_id(0) + tl.arange(0, 1)
     score, token = best_candidate(best, best_id, row, row >= 0, num_candidates, CANDIDATES)
     tl.store(score_out + row, score)
@@ -183,6 +186,7 @@ def race(
         BLOCK=BLOCK,
         num_warps=4,
         enable_fp_fusion=False,
+        **OVERLAPPED,
     )
     return best, best_id
 
@@ -191,7 +195,9 @@ def reduce(best_RN: torch.Tensor, best_id_RN: torch.Tensor) -> tuple[torch.Tenso
     """(score, id) ``[R, 1]`` of each row over its candidates: what a rank sends, or the draft's next token."""
     score, token = torch.empty_like(best_RN[:, :1]), torch.empty_like(best_id_RN[:, :1])
     count = best_RN.shape[1]
-    _reduce[(len(best_RN),)](best_RN, best_id_RN, score, token, count, CANDIDATES=triton.next_power_of_2(count))
+    _reduce[(len(best_RN),)](
+        best_RN, best_id_RN, score, token, count, CANDIDATES=triton.next_power_of_2(count), **OVERLAPPED
+    )
     return score, token
 
 

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pearl_ray.kernels.overlap import OVERLAPPED, follow
+
 
 @triton.jit
 def _turn_and_store(
@@ -36,6 +38,10 @@ def _turn_and_store(
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, HALF)
     inside = column < WIDTH // 2
+    if HAS_NORM:
+        gain = weight + tl.minimum(head, num_q + num_kv - 1) * WIDTH + column
+        gain_low, gain_high = tl.load(gain, mask=inside, other=0.0), tl.load(gain + WIDTH // 2, inside, other=0.0)
+    follow()
     x = qkv + token * qkv_stride + head * WIDTH + column
     low = tl.load(x, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(x + WIDTH // 2, mask=inside, other=0.0).to(tl.float32)
@@ -44,8 +50,6 @@ def _turn_and_store(
     if head < num_q + num_kv:
         if HAS_NORM:
             scale = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / WIDTH + eps)
-            gain = weight + head * WIDTH + column
-            gain_low, gain_high = tl.load(gain, mask=inside, other=0.0), tl.load(gain + WIDTH // 2, inside, other=0.0)
             low = ((low * scale).to(kind) * gain_low).to(tl.float32)
             high = ((high * scale).to(kind) * gain_high).to(tl.float32)
         row = token
@@ -115,6 +119,7 @@ def turn_and_store(
         BY_POSITION=positions_T is not None,
         HAS_NORM=norm_weight is not None,
         num_warps=1,
+        **OVERLAPPED,
     )
     return q_out
 

@@ -51,7 +51,8 @@ def profile(name: str | None, acceptance: list[float], as_json: bool, **values: 
     if not target_s or not draft_s:
         raise click.UsageError(f"deployment {name!r} has a fixed window or no draft: it measured nothing at its start")
     mode = cast("Mode", status["mode"])
-    windows = windows_of(mode, StepCosts(target_s, draft_s), sorted(draft_s), acceptance)
+    shares_device = bool(status["colocate"])
+    windows = windows_of(mode, StepCosts(target_s, draft_s), sorted(draft_s), acceptance, shares_device=shares_device)
     if as_json:
         found = [
             {"sequences": batch, "acceptance": rate, "window": window}
@@ -67,16 +68,16 @@ def profile(name: str | None, acceptance: list[float], as_json: bool, **values: 
 
 
 def windows_of(
-    mode: Mode, costs: StepCosts, batches: Sequence[int], acceptance: Sequence[float]
+    mode: Mode, costs: StepCosts, batches: Sequence[int], acceptance: Sequence[float], *, shares_device: bool = False
 ) -> dict[int, list[int]]:
     """For each number of sequences: the window of one that joins, at each acceptance rate."""
-    policies = [_policy_at(mode, costs, rate) for rate in acceptance]
+    policies = [_policy_at(WindowPolicy(mode, None, costs, shares_device=shares_device), rate) for rate in acceptance]
     return {batch: [policy.first_window(batch) for policy in policies] for batch in batches}
 
 
-def _policy_at(mode: Mode, costs: StepCosts, rate: float) -> WindowPolicy:
+def _policy_at(policy: WindowPolicy, rate: float) -> WindowPolicy:
     """The engine's own policy once so much of what it tested was accepted."""
-    policy, sequence = WindowPolicy(mode, None, costs), Acceptance()
+    sequence = Acceptance()
     for test in range(OBSERVED):
         policy.observe(sequence, 1, int((test + 1) * rate) - int(test * rate))
     return policy

@@ -199,7 +199,8 @@ class Controller:
             self._take(member, entry, commit)
         self.statistics.count_verdicts(num_drafted, num_accepted)
         self.windows.observe_round(made, sum(num_accepted))
-        self.windows.observe_target(summary.num_target_rows, summary.forward_s)
+        if all(work.target_fed == work.num_rows for work in plan.works):  # no prompt among them
+            self.windows.observe_target(summary.num_target_rows, summary.forward_s)
         self._provide()
         self._admit()
         self._choose_windows()
@@ -207,8 +208,11 @@ class Controller:
     def on_draft(self, summary: DraftSummary) -> None:
         """Learn what the draft's steps cost."""
         self.statistics.count_draft(summary)
+        num_running = len(self._residents.running)
+        if summary.num_fed > 2 * num_running:
+            return  # prompts, or what the draft had missed
         seconds = summary.forward_s + summary.advance_s  # all that stands between a verdict and the next window
-        self.windows.observe_draft(len(self._residents.running), summary.num_steps, seconds)
+        self.windows.observe_draft(num_running, summary.num_steps, seconds)
 
     def _take(self, running: Running, entry: SequenceSummary, commit: Commit) -> None:
         """Give an answer what was committed."""

@@ -133,7 +133,7 @@ class RoundSummary(msgspec.Struct, frozen=True, tag=True):
 class DraftSummary(msgspec.Struct, frozen=True, tag=True):
     """The draft's side of a round: its times, and the checksum of its replica before the round.
 
-    ``advance_s``: from the verdict until the next round could begin.
+    ``advance_s``: from the verdict until the next round could begin. ``num_fed``: rows of the first step; prompts too.
     """
 
     round: int
@@ -144,6 +144,7 @@ class DraftSummary(msgspec.Struct, frozen=True, tag=True):
     wait_s: float
     num_steps: int
     advance_s: float = 0.0
+    num_fed: int = 0
 
 
 class ShardFailed(msgspec.Struct, frozen=True, tag=True):

@@ -1,7 +1,8 @@
 """How many tokens the draft should make per round. Numbers in, a number out: knows nothing of models or requests.
 
-A round costs the slower of the two sides (PEARL) or their sum (SD), and brings a number of tokens that follows from
-the acceptance rate; the window with the best ratio wins, and 0 (AR) wins where speculation does not pay.
+A round costs the slower of the two sides (PEARL), or their sum (SD, or both on one device), and brings a number of
+tokens that follows from the acceptance rate; the window with the best ratio wins, and 0 (AR) wins where speculation
+does not pay.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ GAIN_TO_DEEPEN = 1.01  # a deeper window must promise this much more: it also de
 REVIEW_ROUNDS = 8
 PROBE_ROUNDS = 64  # an AR sequence is tried again after so many rounds
 PROBE_WINDOW = 3
+COST_MEMORY = 0.05  # share of a round's time in the corrected costs
+MOST_COSTLY = 2.0  # a round counts as at most so many times the costs of before: it may have compiled a kernel
 
 
 def pearl_tokens_per_forward(alpha: float, gamma: int) -> float:
@@ -86,6 +89,11 @@ def _interpolate(table: Mapping[int, float], x: float) -> float:
         low, high = keys[at - 1], keys[at]
     slope = (table[high] - table[low]) / (high - low)
     return max(table[low] + slope * (x - low), 0.0)
+
+
+def _corrected(ratio: float, observed: float) -> float:
+    """A cost's ratio after one more round. One that took far longer moves it little: it says nothing of the next."""
+    return ratio + COST_MEMORY * (min(observed, MOST_COSTLY * ratio) - ratio)
 
 
 class _Curve:
@@ -150,14 +158,16 @@ class WindowPolicy:
     where they are not the hopeful sequences keep theirs and the others fall to 0 (AR), to be probed now and then.
 
     Costs come from the warm-up and are corrected by what rounds really take (both sides contend for memory and cores),
-    as a slowly moving ratio per side.
+    as a slowly moving ratio per side. Where both share a device (``shares_device``) they take its time from each other:
+    a round costs their sum, as measured in the warm-up, for what one takes in a round is the other's work too.
     """
 
-    def __init__(self, mode: Mode, fixed: int | None, costs: StepCosts | None) -> None:
+    def __init__(self, mode: Mode, fixed: int | None, costs: StepCosts | None, *, shares_device: bool = False) -> None:
         assert fixed is not None or costs is not None or mode == "ar"
         self._mode: Mode = mode
         self._fixed = fixed
         self._costs = costs
+        self._shares_device = shares_device
         self._target_ratio = 1.0
         self._draft_ratio = 1.0
         self._overall = Acceptance(memory=8192.0)
@@ -183,14 +193,15 @@ class WindowPolicy:
         self._overall.add(num_made, num_accepted)
 
     def observe_target(self, rows: int, seconds: float) -> None:
-        """A target forward took this long."""
-        if self._costs is not None and rows:
-            self._target_ratio += 0.05 * (seconds / max(self._costs.target(rows), 1e-9) - self._target_ratio)
+        """A target forward of decoding rows took this long."""
+        if self._costs is not None and rows and not self._shares_device:
+            self._target_ratio = _corrected(self._target_ratio, seconds / max(self._costs.target(rows), 1e-9))
 
     def observe_draft(self, sequences: int, steps: int, seconds: float) -> None:
-        """That many draft steps took this long."""
-        if self._costs is not None and steps:
-            self._draft_ratio += 0.05 * (seconds / max(steps * self._costs.draft(sequences), 1e-9) - self._draft_ratio)
+        """That many draft steps took this long, nothing but drafting."""
+        if self._costs is not None and steps and not self._shares_device:
+            expected = max(steps * self._costs.draft(sequences), 1e-9)
+            self._draft_ratio = _corrected(self._draft_ratio, seconds / expected)
 
     def first_window(self, batch: int) -> int:
         """The window of a sequence that joins, with which the batch has ``batch`` sequences."""
@@ -237,6 +248,7 @@ class WindowPolicy:
         used_A, of_level, counts_A = np.unique(levels, return_inverse=True, return_counts=True)
         tokens_AW, rows_AW = self._tokens_AW[used_A], self._rows_AW[used_A]
         reachable_DAW = tokens_AW + _TOO_DEEP_DW[:, None, :]
+        at_once = self._mode == "pearl" and not self._shares_device
         price_D = np.zeros(len(DEPTHS))
         steps: list[tuple[NDArray[np.intp], list[float], list[bool]]] = []  # windows [D, A], speeds, whether rows cost
         for _ in range(PRICE_STEPS):
@@ -246,10 +258,10 @@ class WindowPolicy:
             drafting_D = ((chosen_DA > 0) * counts_A).sum(1).astype(float)
             draft_s_D = chosen_DA.max(1) * self._draft_curve(drafting_D, self._draft_ratio)
             target_s_D = self._target_curve(rows_D, self._target_ratio)
-            seconds_D = target_s_D + draft_s_D if self._mode == "sd" else np.maximum(target_s_D, draft_s_D)
+            seconds_D = np.maximum(target_s_D, draft_s_D) if at_once else target_s_D + draft_s_D
             speed_D = tokens_D / seconds_D
             # Where the target waits for the draft its rows cost nothing.
-            costly_D = (draft_s_D <= target_s_D) if self._mode == "pearl" else np.ones(len(DEPTHS), bool)
+            costly_D = (draft_s_D <= target_s_D) if at_once else np.ones(len(DEPTHS), bool)
             steps.append((chosen_DA, speed_D.tolist(), costly_D.tolist()))
             if not any(steps[-1][2]):
                 break

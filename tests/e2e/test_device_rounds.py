@@ -12,8 +12,9 @@ import pytest
 from pearl_ray.actors.device import profile
 from pearl_ray.actors.device_target import DeviceTargetLoop
 from pearl_ray.core.params import SamplingParams, StructuredOutputsParams
+from pearl_ray.core.windows import WindowPolicy
 from pearl_ray.model.graphs import GraphPool
-from pearl_ray.model.passes import Shape
+from pearl_ray.model.passes import SEQUENCE_BUCKETS, Shape, padded
 from tests.local_engine import LocalEngine
 
 PROMPTS = ["Once upon a time", "The 3 foxes ran.", "a", "What is it, then? No one can tell 1 from 2.", "hello hello"]
@@ -176,6 +177,23 @@ def test_every_draft_pass_of_a_decoding_round_has_its_graph(tiny_dirs, prompts, 
     assert decoding <= captured[pool]
 
 
+@pytest.mark.parametrize("max_num_seqs", [1, 5, 40])
+def test_what_is_captured_runs_first_whatever_the_number_of_sequences(tiny_dirs, prompts, monkeypatch, max_num_seqs):
+    """As a GPU does it: each graph's function is called once before its capture."""
+    captured: dict[GraphPool, list[object]] = {}
+
+    def capture(pool: GraphPool, key: object, function: Callable[[], object]) -> None:
+        captured.setdefault(pool, []).append(key)
+        function()
+
+    monkeypatch.setattr(GraphPool, "capture", capture)
+    with LocalEngine(tiny_dirs, on_device=True, max_num_seqs=max_num_seqs, num_blocks=256) as engine:
+        texts(engine, prompts[:1], plain()[:1])
+    [pool] = [parts.runner.graphs for parts in engine.device_parts if parts.steps is not None]
+    sizes = [key[1] for key in captured[pool] if not isinstance(key, Shape) and key[0] == "step"]
+    assert max(sizes) == padded(max_num_seqs, SEQUENCE_BUCKETS)
+
+
 def test_the_costs_of_passes_and_steps_are_measured_for_every_size_there_is_room_for(tiny_dirs, prompts):
     with LocalEngine(tiny_dirs, on_device=True) as engine:
         texts(engine, prompts, plain())
@@ -188,3 +206,24 @@ def test_the_costs_of_passes_and_steps_are_measured_for_every_size_there_is_room
     assert list(seconds["target"]) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert list(seconds["draft"]) == [1, 2, 4, 8, 16]  # max_num_seqs
     assert all(value > 0 for table in seconds.values() for value in table.values())
+
+
+def test_costs_are_learnt_from_rounds_without_prompts(tiny_dirs):
+    """A prompt's chunks of 16 rows would pass for dear rounds of one."""
+    seen: list[tuple[str, int]] = []
+
+    class Recording(WindowPolicy):
+        def observe_target(self, rows: int, seconds: float) -> None:
+            seen.append(("target rows", rows))
+
+        def observe_draft(self, sequences: int, steps: int, seconds: float) -> None:
+            seen.append(("draft steps", steps))
+
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    with LocalEngine(tiny_dirs, window=4, max_num_batched_tokens=16, on_device=True) as engine:
+        engine.controller.windows = Recording("pearl", 4, None)
+        texts(engine, [list(range(2, 60)) * 2], [params])
+    rows = [number for kind, number in seen if kind == "target rows"]
+    assert len(rows) > 4 and max(rows) <= 4
+    steps = [number for kind, number in seen if kind == "draft steps"]
+    assert steps.count(4) > 4 and set(steps) <= {0, 1, 2, 3, 4}

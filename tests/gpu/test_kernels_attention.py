@@ -84,6 +84,27 @@ def test_sequences_of_all_lengths_share_a_launch_with_any_number_of_splits(split
     assert relative_error(run(case, plan), case.expected()) < LIMIT[DTYPES[-1]]
 
 
+@pytest.mark.parametrize("alone_keys", [0, 64, 384, 9000])
+@pytest.mark.parametrize("has_one_loop", [False, True])
+def test_one_loop_or_two_and_short_contexts_in_one_part_or_several_are_right(
+    has_one_loop: bool, alone_keys: int
+) -> None:
+    sequences = [(1, LONG), (2, 2), (3, 64), (1, 65), (4, 200)]
+    case = PagedCase(sequences, EVEN, width=64, block_size=16, dtype=DTYPES[-1])
+    for rows, block in ((16, 32), (32, 64)):
+        plan = Plan(rows, block, 1, 3, 4, 3, min_keys=64, alone_keys=alone_keys, has_one_loop=has_one_loop)
+        assert relative_error(run(case, plan), case.expected()) < LIMIT[DTYPES[-1]]
+
+
+def test_entries_of_a_table_behind_the_keys_may_hold_anything() -> None:
+    case = PagedCase([(1, 300), (3, 77)], EVEN, width=64, block_size=16, dtype=DTYPES[-1])
+    wild = torch.randint(-(2**31), 2**31 - 1, (2, 64), dtype=torch.int32, device=DEVICE)
+    wild[:, : case.tables.shape[1]] = case.tables
+    plan = Plan(16, 64, 1, 3, 4, 4, min_keys=64, has_one_loop=True)
+    out = run(case, plan, block_tables_SB=wild, max_context_len=1024)
+    assert relative_error(out, case.expected()) < LIMIT[DTYPES[-1]]
+
+
 def test_a_prefill_chunk_behind_a_cached_prefix_is_causal() -> None:
     chunk = 70 if INTERPRETING else 700
     case = PagedCase([(chunk, chunk + 45), (1, 9), (chunk, chunk)], EVEN, width=64, block_size=16, dtype=DTYPES[-1])
@@ -108,6 +129,18 @@ def test_a_tree_window_sees_the_prefix_and_its_ancestors_only() -> None:
     out = run(case, masks_T=torch.tensor(masks, device=DEVICE), window_starts_S=starts)
     assert relative_error(out, case.expected(seen)) < LIMIT[DTYPES[-1]]
     assert relative_error(run(case), case.expected(seen)) > 0.05  # causal isn't the same
+
+
+@pytest.mark.parametrize("has_one_loop", [False, True])
+def test_masks_hold_in_one_loop_and_in_two(has_one_loop: bool) -> None:
+    case = PagedCase([(8, 8 + 150)], PLAIN, width=64, block_size=16, dtype=DTYPES[-1])
+    visible = torch.rand(8, 8) < 0.5
+    visible |= torch.eye(8, dtype=torch.bool)
+    masks = torch.tensor([sum(1 << j for j in range(8) if row[j]) for row in visible.tolist()], device=DEVICE)
+    seen = torch.cat((torch.ones(8, 150, dtype=torch.bool), visible), dim=1)
+    plan = Plan(16, 32, 1, 3, 4, 3, min_keys=64, has_one_loop=has_one_loop)
+    out = run(case, plan, masks_T=masks, window_starts_S=torch.tensor([150], dtype=torch.int32, device=DEVICE))
+    assert relative_error(out, case.expected([seen])) < LIMIT[DTYPES[-1]]
 
 
 def test_sixty_four_rows_in_flight_use_every_bit_of_their_masks() -> None:

@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 from pearl_ray.kernels import linear as linear_kernels
 from pearl_ray.kernels.activation import silu_mul, silu_mul_reference
 from pearl_ray.kernels.kv_store import store_kv, store_kv_reference
-from pearl_ray.kernels.linear import DOTS, PRODUCTS, Choice, LinearChoices, fixed_linear, linear
+from pearl_ray.kernels.linear import DOTS, PRODUCTS, Choice, fixed_linear, linear
+from pearl_ray.kernels.linear_choice import LinearChoices
 from pearl_ray.kernels.norm import rms_norm, rms_norm_reference
 from pearl_ray.kernels.rotary import turn_and_store, turn_and_store_reference
 from tests.kernel_checks import (
@@ -106,8 +107,8 @@ def test_queries_and_keys_are_turned_and_stored(width: int, by_position: bool, h
 @pytest.mark.parametrize("choice", [*PRODUCTS, *DOTS], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 4, 13, 33])
 def test_a_small_linear_map_is_right_for_odd_sizes(rows: int, choice: Choice) -> None:
-    if choice.kind == "products" and rows > 4:
-        pytest.skip("products take up to 4 rows")
+    if choice not in linear_kernels.candidates(rows):
+        pytest.skip("not for so many rows")
     for outputs, inputs, has_bias in ((129, 1024, False), (67, 600, True)):
         x, weight = fresh(rows, inputs, dtype=DTYPE), fresh(outputs, inputs, dtype=DTYPE, scale=inputs**-0.5)
         bias = fresh(outputs, dtype=DTYPE) if has_bias else None
@@ -145,22 +146,20 @@ def test_nothing_is_measured_in_a_forward() -> None:
 
 def test_more_rows_than_the_kernels_take_go_to_the_library() -> None:
     assert linear_kernels.candidates(65) == (linear_kernels.TORCH,)
-    assert LinearChoices().of(fresh(8, 8, dtype=DTYPE), 65) == linear_kernels.TORCH
+    choices = LinearChoices()
+    choices.chosen[8, 8, DTYPE, 64] = PRODUCTS[0]
+    assert choices.settled(fresh(8, 8, dtype=DTYPE), 65) == linear_kernels.TORCH
 
 
 @pytest.mark.skipif(INTERPRETING, reason="times kernels")
-def test_the_measured_choice_is_made_once_per_shape_and_row_bucket() -> None:
-    choices, weight = LinearChoices(), fresh(1024, 1024, dtype=DTYPE)
-    first = choices.of(weight, 3)
-    assert choices.of(weight.clone(), 4) is first and len(choices.chosen) == 1
-    assert first in linear_kernels.candidates(4)
-
-
-@pytest.mark.skipif(INTERPRETING, reason="times kernels")
-def test_settling_measures_every_number_of_rows_up_to_the_one_asked_for() -> None:
+def test_settling_measures_each_shape_for_every_number_of_rows_up_to_the_one_asked_for() -> None:
     choices, weight = LinearChoices(), fresh(256, 512, dtype=DTYPE)
-    choices.settle(weight, 6)
+    choices.settle([weight, weight.clone()], 6)
     assert sorted(key[-1] for key in choices.chosen) == [1, 2, 4, 8]
-    choices.settle(weight, 500)
-    assert sorted(key[-1] for key in choices.chosen) == [1, 2, 4, 8, 16, 32, 64]
+    before = dict(choices.chosen)
+    choices.settle([weight, fresh(1024, 512, dtype=DTYPE)], 500)
+    assert sorted(key[-1] for key in choices.chosen if key[0] == 256) == [1, 2, 4, 8, 16, 32, 64]
+    assert sorted(key[-1] for key in choices.chosen if key[0] == 1024) == [1, 2, 4, 8, 16, 32, 64]
+    assert all(choices.chosen[key] == choice for key, choice in before.items())
     assert choices.settled(weight, 5) is choices.chosen[256, 512, DTYPE, 8]
+    assert choices.settled(weight, 5) in linear_kernels.candidates(8)

@@ -98,7 +98,7 @@ class FakeEngine:
         }
 
     def status(self) -> dict[str, object]:
-        return {"mode": "pearl"}
+        return {"mode": "pearl", "colocate": False}
 
     def stream(self, prompt: Any, params: SamplingParams) -> Iterator[StreamChunk]:
         self.calls.append(("stream", list(prompt), params))

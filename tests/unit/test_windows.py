@@ -101,3 +101,30 @@ def test_what_rounds_really_take_corrects_the_warm_up():
         policy.observe_draft(1, 4, 16.0)  # four times as slow as measured
     assert policy.first_window(1) < before <= MAX_WINDOW
     assert policy.current_costs().draft(1) == pytest.approx(4.0, rel=0.01)
+
+
+def test_one_round_that_compiles_a_kernel_doesnt_end_speculation():
+    policy = WindowPolicy("pearl", None, StepCosts(FLAT, {1: 1.0}))
+    before = policy.first_window(1)
+    policy.observe_draft(1, 4, 4000.0)  # a thousand times as long as measured
+    assert 0.75 * before <= policy.first_window(1) <= before
+    policy.observe_target(4, 10_000.0)
+    assert policy.current_costs().target(1) <= 10.0 * 1.06
+
+
+def test_on_a_shared_device_a_round_costs_what_both_cost():
+    costs = StepCosts({1: 16.7, 8: 18.4, 64: 19.0}, {1: 0.9, 8: 1.2})
+    alone, shared = (WindowPolicy("pearl", None, costs, shares_device=is_shared) for is_shared in (False, True))
+    seconds = {w: costs.target(1) + w * costs.draft(1) for w in range(2, MAX_WINDOW + 1)}
+    best = max(seconds, key=lambda w: pearl_tokens_per_forward(0.7, w) / seconds[w])
+    assert abs(shared.first_window(1) - best) <= 1 and shared.first_window(1) < alone.first_window(1)
+
+
+def test_on_a_shared_device_what_one_takes_in_a_round_is_the_others_work_too():
+    policy = WindowPolicy("pearl", None, StepCosts(FLAT, {1: 1.0}), shares_device=True)
+    before = policy.first_window(1)
+    for _ in range(200):
+        policy.observe_draft(1, 4, 14.0)
+        policy.observe_target(4, 14.0)
+    assert policy.first_window(1) == before > 0
+    assert policy.current_costs().target(1) == 10.0 and policy.current_costs().draft(1) == 1.0
