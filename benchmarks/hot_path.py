@@ -1,7 +1,8 @@
 """Rounds at the speed of the hardware, or what keeps them from it: correctness, then pieces, then whole rounds.
 
     python -m benchmarks.hot_path --target MODEL --draft MODEL --prompts FILE.jsonl
-        [--batches 1,8,32] [--tokens 128] [--only correctness,rounds,sd,pieces] [--colocate] [--json FILE]
+        [--batches 1,8,32] [--tokens 128] [--windows 4,8] [--only correctness,rounds,sd,pieces] [--colocate]
+        [--profile] [--json FILE] [--every-round FILE]
 
 MODEL as for ``pearl-ray serve``; a small pair in a large shape is made by ``benchmarks.scaled_checkpoint``. Everything
 is greedy and runs past the end of text, so that a batch keeps its size. Rounds are read from what the shards report of
@@ -13,34 +14,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import ray
 import torch
 
+from benchmarks.hot_pieces import copy_bandwidth, pieces
 from benchmarks.prompts import read_prompts
-from pearl_ray import PearlConfig, PearlEngine, SamplingParams, env
-from pearl_ray.actors.device import DeviceParts, can_capture, make_parts
-from pearl_ray.actors.worker import SETTLED_ROWS
-from pearl_ray.core.comm import SingleGroup
+from pearl_ray import PearlConfig, PearlEngine, SamplingParams
 from pearl_ray.core.messages import DraftSummary, RoundSummary
 from pearl_ray.core.outputs import RequestOutput
-from pearl_ray.core.sampling import Row
-from pearl_ray.model.batching import Entry
-from pearl_ray.model.draft_steps import Writer
-from pearl_ray.model.loading import load_model, open_models
 
-ROUNDING = 0.25  # of a log-probability: two roundings of a bfloat16 logit between 16 and 32
-CONTEXT = 256  # tokens of context of the pieces
-REPEATS = 20
-HEAD = "batch  mode rounds  rows  round ms target ms  draft ms  wait ms   gap us  /slower  tokens/s /forward"
+ROUNDING = 0.25  # between two log-probabilities: of bfloat16 logits between 16 and 32, each one unit of 0.125 off
+HEAD = "batch    mode rounds  rows  round ms target ms  draft ms  wait ms   gap us  /slower  tokens/s /forward"
 
 
 class Rounds(NamedTuple):
@@ -81,26 +72,6 @@ def steady(rounds: Sequence[RoundSummary], drafts: Sequence[DraftSummary], batch
     per_forward = tokens / (len(found) * batch)
     milliseconds = (1e3 * value for value in (period, target, drafting, wait, gap))
     return Rounds(len(found), *milliseconds, slower, rows, tokens / seconds, per_forward)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large copy, read plus written."""
-    size = 1 << 30 if device.type == "cuda" else 1 << 26
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / fastest(lambda: target.copy_(source), device)
-
-
-def fastest(call: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """Seconds of the fastest call."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times)
 
 
 def prompts_of(args: argparse.Namespace, engine: PearlEngine, count: int) -> list[list[int]]:
@@ -145,12 +116,15 @@ def correctness(args: argparse.Namespace, engine: PearlEngine, batch: int) -> di
             continue
         parted += 1
         gap = _gap(gaps, at, one)
-        explained = gap is not None and gap < ROUNDING
+        explained = gap is not None and gap <= ROUNDING
         unexplained += not explained
         said = "the rated run parted before" if gap is None else f"log-probabilities {gap:.4f} apart"
         print(f"  token {at} differs: {said}{'' if explained else '  NOT EXPLAINED'}")
     print(f"correctness, batch {batch}: {same} texts equal, {parted} part, {unexplained} unexplained")
-    return {"batch": batch, "equal": same, "parted": parted, "unexplained": unexplained, "tokens_equal": agreeing}
+    tested, accepted = (sum(getattr(o.metrics, name) for o in pearl) for name in ("num_drafted", "num_accepted"))
+    print(f"  {accepted} of {tested} drafted tokens accepted")
+    counts = {"equal": same, "parted": parted, "unexplained": unexplained, "tokens_equal": agreeing}
+    return {"batch": batch, **counts, "drafted": tested, "accepted": accepted}
 
 
 def _parting(one: RequestOutput, other: RequestOutput) -> int | None:
@@ -168,26 +142,50 @@ def _gap(rated: RequestOutput, at: int, one: RequestOutput) -> float | None:
 
 
 def rounds(args: argparse.Namespace, engine: PearlEngine, mode: str, batch: int) -> dict[str, Rounds]:
-    """The engine's mode and AR at one batch size, in one engine: AR is a window of 0."""
+    """The engine's mode, with its own windows and those of ``--windows``, and AR, in one engine: a window of 0."""
     prompts = prompts_of(args, engine, batch)
     found = {}
-    for name, window in ((mode, None), ("ar", 0)):
+    fixed = [int(window) for window in args.windows.split(",") if window]
+    for name, window in ((mode, None), *((f"{mode} {window}", window) for window in fixed), ("ar", 0)):
         params = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True, num_speculative_tokens=window)
         engine.generate(prompts, params)  # the prefix cache and the window's choice settle
         before = {r.round for r in ray.get(engine.coordinator.rounds.remote())[0]}
         engine.generate(prompts, params)
         target, draft = ray.get(engine.coordinator.rounds.remote())
-        result = steady([r for r in target if r.round not in before], draft, batch)
+        target = [r for r in target if r.round not in before]
+        if args.every_round is not None:
+            with args.every_round.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in _lines(name, batch, target, draft))
+        result = steady(target, draft, batch)
         if result is not None:
             found[name] = result
     return found
+
+
+def _lines(
+    mode: str, batch: int, rounds: Sequence[RoundSummary], drafts: Sequence[DraftSummary]
+) -> Iterator[dict[str, object]]:
+    """Each round as it was: times in milliseconds, and per sequence how many tokens were drafted and accepted."""
+    by_round = {draft.round: draft for draft in drafts}
+    for r in rounds:
+        seconds = {"finished": r.finished, "target": r.forward_s, "wait": r.wait_s, "gap": r.gap_s}
+        steps = 0
+        if (draft := by_round.get(r.round)) is not None:
+            seconds |= {"draft": draft.forward_s, "advance": draft.advance_s, "draft_finished": draft.finished}
+            steps = draft.num_steps
+        line = {"mode": mode, "batch": batch, "round": r.round, "rows": r.num_target_rows, "steps": steps}
+        windows = {
+            "drafted": [len(s.drafted) for s in r.sequences],
+            "accepted": [s.num_accepted for s in r.sequences],
+        }
+        yield line | {name: round(1e3 * value, 3) for name, value in seconds.items()} | windows
 
 
 def print_rounds(batch: int, found: dict[str, Rounds], step_bytes: int, bandwidth: float) -> None:
     """A line per mode, and what the issue's bars are made of."""
     for name, r in found.items():
         print(
-            f"{batch:>5} {name:>5} {r.count:>6} {r.rows:>5.0f} {r.period:>9.3f} {r.target:>9.3f} {r.draft:>9.3f} "
+            f"{batch:>5} {name:>7} {r.count:>6} {r.rows:>5.0f} {r.period:>9.3f} {r.target:>9.3f} {r.draft:>9.3f} "
             f"{r.wait:>8.3f} {1e3 * r.gap:>8.1f} {r.slower:>8.3f} {r.tokens_per_s:>9.1f} {r.tokens_per_forward:>8.3f}"
         )
     if "ar" in found:
@@ -199,115 +197,6 @@ def print_rounds(batch: int, found: dict[str, Rounds], step_bytes: int, bandwidt
             print(
                 f"      {name} / AR tokens/s {speedup:.3f} = {speedup / r.tokens_per_forward:.3f} x tokens per forward"
             )
-
-
-def _await_memory(device: torch.device) -> None:
-    """The processes of an engine that ran before may still be ending: the driver gives their memory back late."""
-    deadline = time.monotonic() + 30
-    free, total = torch.cuda.mem_get_info(device)
-    while free < 0.9 * total and time.monotonic() < deadline:
-        time.sleep(0.2)
-        free, _ = torch.cuda.mem_get_info(device)
-
-
-def pieces(args: argparse.Namespace, bandwidth: float) -> list[dict[str, object]]:
-    """Passes and draft steps alone, on one device, in this process."""
-    device = torch.device("cuda:0" if args.device == "cuda" else "cpu")
-    if device.type == "cuda":
-        _await_memory(device)
-    cache_dir = env.cache_dir()
-    models = open_models(args.target, args.draft, str(cache_dir), with_draft=True)
-    batches = [int(b) for b in args.batches.split(",")]
-    results: list[dict[str, object]] = []
-    for role in ("target", "draft"):
-        group = SingleGroup()
-        backend = "triton" if device.type == "cuda" else "torch"
-        model = load_model(
-            target_model=args.target,
-            draft_model=args.draft,
-            cache_dir=str(cache_dir),
-            role=role,
-            rank=0,
-            group=group,
-            dtype=args.dtype if args.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32"),
-            device=device,
-            attention_backend=backend,
-            block_size=16,
-            on_layer_loaded=lambda done, total: None,
-        )
-        model.transformer.settle(SETTLED_ROWS)
-        widest = max(batches)
-        per_sequence = -(-(CONTEXT + 32) // 16)
-        cache = model.make_cache(per_sequence * widest, 16)
-        parts = make_parts(
-            role,
-            model.transformer,
-            cache,
-            group,
-            block_size=16,
-            num_valid=models.num_valid[role],
-            max_num_seqs=widest,
-            max_model_len=per_sequence * 16,
-            max_window=32,
-            use_graphs=can_capture(group, backend, enforce_eager=False),
-        )
-        tables = [list(range(per_sequence * i, per_sequence * (i + 1))) for i in range(widest)]
-        with torch.inference_mode():
-            if role == "target":
-                results += _verification(parts, tables, batches, device)
-            else:
-                results += _drafting(parts, tables, batches, device)
-        del model, cache, parts
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    for result in results:
-        print("      " + ", ".join(f"{name} {value}" for name, value in result.items()))
-    print(f"      copy bandwidth {bandwidth / 1e12:.3f} TB/s")
-    return results
-
-
-def _verification(
-    parts: DeviceParts, tables: list[list[int]], batches: list[int], device: torch.device
-) -> list[dict[str, object]]:
-    results = []
-    for batch in batches:
-        alone = 0.0
-        for width in (1, 4, 8, 16):
-            if batch * width > parts.runner.max_rows:
-                continue
-            entries = [Entry([0] * width, CONTEXT, tables[i], width, i) for i in range(batch)]
-            parts.runner.capture([parts.runner.shape(batch * width, batch, width)])
-            seconds = fastest(lambda entries=entries: parts.runner.logits(entries), device)
-            alone = alone or seconds
-            results.append(
-                {"target pass, batch": batch, "tokens each": width, "ms": round(1e3 * seconds, 3)}
-                | {"over one token": round(seconds / alone, 3)}
-            )
-    return results
-
-
-def _drafting(
-    parts: DeviceParts, tables: list[list[int]], batches: list[int], device: torch.device
-) -> list[dict[str, object]]:
-    results = []
-    steps = parts.steps
-    assert steps is not None
-    for batch in batches:
-        parts.runner.capture([parts.runner.shape(batch, batch, 1)])
-        steps.capture([batch])
-        first = [Entry([0], CONTEXT, tables[i], 1, i) for i in range(batch)]
-        for temperature in (0.0, 1.0):
-            row = Row(SamplingParams(temperature=temperature), 1, 0, CONTEXT + 1)
-
-            def window(limit: int, first: list[Entry] = first, row: Row = row) -> None:
-                steps.write(first, [Writer(i, tables[i], row, limit, False) for i in range(len(first))])
-
-            one, several = (fastest(lambda limit=limit: window(limit), device) for limit in (1, 9))
-            each = round(1e3 * (several - one) / 8, 3)
-            result = {"draft step, batch": batch, "temperature": temperature, "ms": each}
-            results.append(result | {"window of one ms": round(1e3 * one, 3)})
-    return results
 
 
 def step_bytes(args: argparse.Namespace) -> int:
@@ -327,6 +216,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--window", type=int, help="tokens the draft makes per round; default: chosen by the engine")
+    parser.add_argument("--windows", default="", help="measure rounds with these windows too: 4,8")
     parser.add_argument("--only", default="correctness,rounds,pieces")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto")
@@ -335,7 +225,10 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--colocate", action="store_true")
+    parser.add_argument("--roles", default="target,draft", help="whose pieces")
+    parser.add_argument("--profile", action="store_true", help="the kernels of each piece, by the time they take")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--every-round", type=Path, help="append each measured round to this file, a JSON line each")
     args = parser.parse_args()
     only, batches = args.only.split(","), [int(b) for b in args.batches.split(",")]
     device = torch.device(args.device)
@@ -359,7 +252,8 @@ def main() -> None:
                     print_rounds(batch, found, read, bandwidth)
                     report[f"{mode} {batch}"] = {key: value._asdict() for key, value in found.items()}
     if "pieces" in only:
-        report["pieces"] = pieces(args, bandwidth)
+        report["pieces"] = pieces(args)
+        print(f"      copy bandwidth {bandwidth / 1e12:.3f} TB/s")
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2))
 

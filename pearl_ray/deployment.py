@@ -89,6 +89,7 @@ def deploy(
             num_cpus=bundles[0].resources.get("CPU", 0),
             scheduling_strategy=strategy,
             runtime_env=dict(OWN_PRIORITY),
+            enable_task_events=False,  # Ray's control process would keep a record of every call
         ).remote(spec, bundles, group)
         _await_start(coordinator, report)
     except ray.exceptions.RayError as error:
