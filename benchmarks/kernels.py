@@ -18,7 +18,7 @@ import triton
 from pearl_ray.kernels.activation import silu_mul
 from pearl_ray.kernels.attention_triton import Plan, TritonAttention, TritonMetadata, make_plan
 from pearl_ray.kernels.filters import find_cuts
-from pearl_ray.kernels.linear import TORCH, candidates
+from pearl_ray.kernels.linear import TORCH, Scratch, candidates
 from pearl_ray.kernels.linear_choice import COLD_BYTES, milliseconds
 from pearl_ray.kernels.norm import rms_norm
 from pearl_ray.kernels.proposal import propose
@@ -132,13 +132,16 @@ def bench_linear(copy: float) -> None:
     print("linear [out, in] x rows, with the norm before it, as a model runs it: cuBLAS; the best kernels")
     for outputs, inputs in ((51200, 5120), (10240, 5120), (5120, 8192), (5120, 25600), (6144, 1024), (1024, 3072)):
         count = max(4, min(16, COLD_BYTES // (2 * outputs * inputs)))
+        scratch = Scratch(DEVICE)
         weights = [torch.randn((outputs, inputs), dtype=DTYPE, device=DEVICE) for _ in range(count)]
         for rows in (1, 4, 8, 32, 64):
-            times = {choice: 1000 * milliseconds(weights, rows, choice) for choice in candidates(rows)}
+            ways = candidates(rows, outputs, inputs)
+            times = {choice: 1000 * milliseconds(weights, rows, choice, scratch) for choice in ways}
             library = times.pop(TORCH)
             shares = [f"{library:.1f} us {weights[0].nbytes / library / copy:.3f}"]
             for choice in sorted(times, key=times.__getitem__)[:2]:
-                shown = f"{choice.kind} {choice.block_n} {choice.block_k} {choice.warps} {choice.stages}"
+                sizes = (choice.block_n, choice.block_k, choice.warps, choice.stages, choice.splits)
+                shown = f"{choice.kind} {' '.join(map(str, sizes))}"
                 shares.append(f"{times[choice]:.1f} us {weights[0].nbytes / times[choice] / copy:.3f} {shown}")
             print(f"  [{outputs}, {inputs}] x {rows}: {'; '.join(shares)}", flush=True)
 

@@ -1,25 +1,30 @@
 """Which of the ways to compute a linear map is fastest here, measured as a model launches it. Knows shapes, no layers.
 
 A way is timed in a CUDA graph, after a norm and before the next one, over several weights of the same shape: so the
-weights come from memory, and what a kernel gains by beginning early, or loses, counts.
+weights come from memory, and what a kernel gains by beginning early, or loses, counts. A way that doesn't compute what
+the library does, on a device or with a compiler that nobody has tried, is not taken.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import triton
 
-from pearl_ray.kernels.linear import MAX_ROWS, TORCH, Choice, candidates, linear
+from pearl_ray.kernels.linear import MAX_ROWS, TORCH, Choice, Scratch, candidates, linear
 from pearl_ray.kernels.norm import rms_norm
+
+logger = logging.getLogger(__name__)
 
 COLD_BYTES = 256 << 20  # of the weights that are timed in turn, where a model has so many: several times the L2 cache
 MOST_WEIGHTS = 32
 FEWEST_MAPS = 4  # of one measurement
 REPEATS = 5
+MOST_ERROR = 0.02  # of a result, relative to the library's; two roundings to bfloat16 differ by 0.003
 
 
 @dataclass(slots=True)
@@ -31,6 +36,7 @@ class LinearChoices:
     """
 
     chosen: dict[tuple[int, int, torch.dtype, int], Choice] = field(default_factory=dict)
+    scratch: Scratch | None = None
 
     def settle(self, weights: Sequence[torch.Tensor], num_rows: int) -> None:
         """Measures each shape among the weights for every number of rows up to ``num_rows``; compiles: seconds."""
@@ -38,12 +44,15 @@ class LinearChoices:
         for weight_NK in weights:
             if weight_NK.device.type == "cuda":
                 of_shape.setdefault((weight_NK.shape, weight_NK.dtype), []).append(weight_NK)
+        if of_shape and self.scratch is None:
+            self.scratch = Scratch(weights[0].device)
         for same in of_shape.values():
             bucket = 1
             while bucket <= min(MAX_ROWS, triton.next_power_of_2(max(num_rows, 1))):
                 key = (*same[0].shape, same[0].dtype, bucket)
                 if key not in self.chosen:
-                    times = {choice: milliseconds(same, bucket, choice) for choice in candidates(bucket)}
+                    ways = candidates(bucket, *same[0].shape)
+                    times = {choice: milliseconds(same, bucket, choice, self.scratch) for choice in ways}
                     self.chosen[key] = min(times, key=times.__getitem__)
                 bucket *= 2
         if of_shape:
@@ -57,8 +66,10 @@ class LinearChoices:
         return self.chosen.get((*weight_NK.shape, weight_NK.dtype, bucket), TORCH)
 
 
-def milliseconds(weights: Sequence[torch.Tensor], num_rows: int, choice: Choice) -> float:
-    """Time of one map with its norm, the best of a few runs over the weights; infinite where it doesn't fit the device.
+def milliseconds(
+    weights: Sequence[torch.Tensor], num_rows: int, choice: Choice, scratch: Scratch | None = None
+) -> float:
+    """Time of one map with its norm, the best of a few runs over the weights; infinite where it can't be taken.
 
     Args:
         weights: on one CUDA device, of one shape ``[N, K]``.
@@ -72,14 +83,19 @@ def milliseconds(weights: Sequence[torch.Tensor], num_rows: int, choice: Choice)
 
     def chain() -> None:
         for weight_NK in some:
-            linear(rms_norm(x_MK, gain_K, 1e-6), weight_NK, None, choice)
+            linear(rms_norm(x_MK, gain_K, 1e-6), weight_NK, None, choice, scratch)
 
     stream = torch.cuda.Stream(first.device)
     stream.wait_stream(torch.cuda.current_stream(first.device))
     with torch.cuda.stream(stream):
         try:
-            linear(rms_norm(x_MK, gain_K, 1e-6), first, None, choice)  # compiles; takes the library's workspace
+            out = linear(rms_norm(x_MK, gain_K, 1e-6), first, None, choice, scratch)  # compiles
         except triton.runtime.errors.OutOfResources:
+            return float("inf")
+        expected = linear(rms_norm(x_MK, gain_K, 1e-6), first, None, TORCH).float()
+        error = float((out.float() - expected).norm() / expected.norm().clamp(min=1e-30))
+        if not error <= MOST_ERROR:
+            logger.warning("%s is not taken: it errs by %.3g for %s", choice, error, tuple(first.shape))
             return float("inf")
         graph = _captured(chain)
         graph.replay()

@@ -43,7 +43,8 @@ class TritonLayerOps:
         """See ``LayerOps``. Never measures."""
         if self.deterministic:
             return fixed_linear(x_TK, weight_NK, bias_N)
-        return linear(x_TK, weight_NK, bias_N, self.choices.settled(weight_NK, x_TK.shape[0]))
+        choice = self.choices.settled(weight_NK, x_TK.shape[0])
+        return linear(x_TK, weight_NK, bias_N, choice, self.choices.scratch)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None

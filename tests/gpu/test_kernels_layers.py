@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from pearl_ray.kernels import linear as linear_kernels
+from pearl_ray.kernels import linear_choice
 from pearl_ray.kernels.activation import silu_mul, silu_mul_reference
 from pearl_ray.kernels.kv_store import store_kv, store_kv_reference
 from pearl_ray.kernels.linear import DOTS, PRODUCTS, Choice, fixed_linear, linear
@@ -116,6 +120,30 @@ def test_a_small_linear_map_is_right_for_odd_sizes(rows: int, choice: Choice) ->
         assert relative_error(linear(x, weight, bias, choice), expected) < LIMIT
 
 
+@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("rows", [1, 13, 33])
+def test_a_map_whose_inputs_are_split_is_right_and_the_same_each_time(rows: int, splits: int) -> None:
+    scratch = linear_kernels.Scratch(DEVICE)
+    scratch.partial.fill_(math.nan)
+    for choice in (dataclasses.replace(way, splits=splits) for way in DOTS[3:]):
+        for outputs, inputs, has_bias in ((129, 1024, False), (67, 600, True)):
+            x, weight = fresh(rows, inputs, dtype=DTYPE), fresh(outputs, inputs, dtype=DTYPE, scale=inputs**-0.5)
+            bias = fresh(outputs, dtype=DTYPE) if has_bias else None
+            expected = x.float() @ weight.float().T + (bias.float() if bias is not None else 0.0)
+            out = linear(x, weight, bias, choice, scratch)
+            assert relative_error(out, expected) < LIMIT
+            for _ in range(1 if INTERPRETING else 20):  # parts end in any order
+                assert torch.equal(linear(x, weight, bias, choice, scratch), out)
+            assert not scratch.counters.any()
+
+
+def test_split_ways_are_for_maps_of_few_outputs_and_long_parts() -> None:
+    assert all(c.splits == 1 for c in (*linear_kernels.candidates(8), *linear_kernels.candidates(8, 51_200, 5120)))
+    split = [c for c in linear_kernels.candidates(8, 5120, 25_600) if c.splits > 1]
+    assert split and all(-(-5120 // c.block_n) * c.splits <= 330 and c.kind == "dots" for c in split)
+    assert all(c.splits == 1 for c in linear_kernels.candidates(8, 1024, 256))
+
+
 @pytest.mark.parametrize("rows", [1, 16, 37])
 def test_a_fixed_linear_map_gives_a_row_the_same_bits_among_any_others(
     rows: int, monkeypatch: pytest.MonkeyPatch
@@ -149,6 +177,19 @@ def test_more_rows_than_the_kernels_take_go_to_the_library() -> None:
     choices = LinearChoices()
     choices.chosen[8, 8, DTYPE, 64] = PRODUCTS[0]
     assert choices.settled(fresh(8, 8, dtype=DTYPE), 65) == linear_kernels.TORCH
+
+
+@pytest.mark.skipif(INTERPRETING, reason="times kernels")
+def test_a_way_that_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = linear_choice.linear
+
+    def wrong(*arguments: object) -> torch.Tensor:
+        return right(*arguments) * (1.0 if arguments[3] == linear_kernels.TORCH else 1.05)
+
+    monkeypatch.setattr(linear_choice, "linear", wrong)
+    choices = LinearChoices()
+    choices.settle([fresh(1024, 1024, dtype=DTYPE)], 1)
+    assert set(choices.chosen.values()) == {linear_kernels.TORCH}
 
 
 @pytest.mark.skipif(INTERPRETING, reason="times kernels")

@@ -128,11 +128,13 @@ def call_the_rest(torch: Any) -> None:
         qkv, turn[:, 0], turn[:, 0], cache[0], cache[1], slots, num_q=64, positions_T=slots, norm_weight=qkv[0]
     )
     kv_store.store_kv(heads, heads, cache[0], cache[1], slots)
-    for count in (1, 4, 13):
-        for choice in linear.candidates(count):
+    scratch = linear.Scratch(torch.device("cpu"))
+    for count in (1, 4, 13, 64):
+        x, weight = torch.empty((count, 1024), dtype=bf16), torch.empty((64, 1024), dtype=bf16)
+        for choice in linear.candidates(count, *weight.shape):
             if choice != linear.TORCH:
-                linear.linear(torch.empty((count, 1024), dtype=bf16), torch.empty((64, 1024), dtype=bf16), None, choice)
-        linear.fixed_linear(torch.empty((count, 1024), dtype=bf16), torch.empty((64, 1024), dtype=bf16), None)
+                linear.linear(x, weight, None, choice, scratch)
+        linear.fixed_linear(x, weight, None)
 
 
 def call_rounds(torch: Any) -> None:
