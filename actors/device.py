@@ -9,13 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pearl_ray.core.comm import Group
+from pearl_ray.core.messages import MAX_PROPOSALS
 from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.sampling import Row
+from pearl_ray.core.verify import Segment
 from pearl_ray.core.windows import MAX_WINDOW
-from pearl_ray.kernels.sampler import Sampler, make_sampler
+from pearl_ray.kernels.sampler import Sampler, judge_segments, make_sampler
 from pearl_ray.model.batching import Entry
 from pearl_ray.model.draft_steps import DraftSteps, Writer
 from pearl_ray.model.graphs import GraphPool
@@ -97,10 +100,13 @@ def capture(role: str, parts: DeviceParts, max_width: int) -> None:
     """Compile the kernels and make the graphs that rounds will ask for. Collective; the cache must be unused yet."""
     runner = parts.runner
     is_cuda = runner.device.type == "cuda"  # else nothing is compiled
+    if is_cuda:
+        runner.warm_up()
     if role == "target":
         assert parts.verification is not None
         if is_cuda:
             parts.verification.warm_up(max_width)
+            warm_up_rejection(parts, max_width)
         runner.capture(verification_shapes(runner, max_width))
     else:
         assert parts.steps is not None
@@ -109,6 +115,20 @@ def capture(role: str, parts: DeviceParts, max_width: int) -> None:
         parts.steps.capture(size for size in SEQUENCE_BUCKETS if size <= padded(runner.max_seqs, SEQUENCE_BUCKETS))
         runner.capture(verification_shapes(runner, 2))  # a round's first pass: one row each, two after a bonus token
     runner.graphs.log(role)
+
+
+def warm_up_rejection(parts: DeviceParts, max_width: int) -> None:
+    """Judge windows of every length once by the rejection rule, plain and filtered, to compile kernels. Collective."""
+    width = 1
+    while width < 2 * max_width and width <= parts.runner.max_rows:
+        logits_RV = parts.runner.logits_RV[:width].float()
+        for top_p in (1.0, 0.5):
+            row = Row(SamplingParams(temperature=1.0, top_p=top_p), 0, 0, 1)
+            ids = np.zeros((width - 1, MAX_PROPOSALS), np.int32)
+            segment = Segment((row,) * width, (0,) * (width - 1), True, ids, np.zeros(ids.shape, np.float32))
+            judge_segments(parts.sampler, logits_RV, [segment])
+        width *= 2
+    parts.runner.wait()
 
 
 def verification_shapes(runner: PassRunner, max_width: int) -> Iterator[Shape]:

@@ -178,17 +178,34 @@ class PassRunner(ModelRunner):
         else:
             synchronize(event=event)
 
+    def warm_up(self) -> None:
+        """Run a pass of each number of sequences and length, without a graph: kernels are compiled now, in no round.
+
+        Of nothing but padding, which leaves the cache alone. Collective.
+        """
+        most = padded(self.max_seqs, SEQUENCE_BUCKETS)
+        self._clear(Shape(self.max_rows, most, 1))
+        for longest in QUERY_BUCKETS:
+            for seqs in (size for size in SEQUENCE_BUCKETS if size <= most):
+                rows = padded(max(longest, seqs), ROW_BUCKETS)
+                if rows <= self.max_rows:
+                    self._pass(Shape(rows, seqs, min(longest, rows)))
+        self.wait()
+
+    def _clear(self, shape: Shape) -> None:
+        """Send a pass of nothing but padding."""
+        self.pad(0, 0, shape)
+        self.arrays.host["query_start"][:] = 0
+        self.arrays.upload()
+
     def capture(self, shapes: Iterable[Shape]) -> None:
         """Make graphs of these shapes, as far as the budget goes. Before the cache holds anything.
 
         The largest first, whose memory the others use, then from the smallest on, which gain most.
         """
-        host = self.arrays.host
         ordered = sorted(set(shapes), key=lambda s: (s.rows, s.seqs, s.query))
         for shape in ordered[-1:] + ordered[:-1]:
-            self.pad(0, 0, shape)
-            host["query_start"][:] = 0
-            self.arrays.upload()
+            self._clear(shape)
             self.graphs.capture(shape, lambda shape=shape: self._pass(shape))
 
 

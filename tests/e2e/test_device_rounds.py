@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
-from pearl_ray.actors.device import profile
+from pearl_ray.actors.device import profile, warm_up_rejection
 from pearl_ray.actors.device_target import DeviceTargetLoop
 from pearl_ray.core.params import SamplingParams, StructuredOutputsParams
 from pearl_ray.core.windows import WindowPolicy
@@ -192,6 +193,21 @@ def test_what_is_captured_runs_first_whatever_the_number_of_sequences(tiny_dirs,
     [pool] = [parts.runner.graphs for parts in engine.device_parts if parts.steps is not None]
     sizes = [key[1] for key in captured[pool] if not isinstance(key, Shape) and key[0] == "step"]
     assert max(sizes) == padded(max_num_seqs, SEQUENCE_BUCKETS)
+
+
+def test_what_is_warmed_up_leaves_cache_and_text_alone(tiny_dirs, prompts):
+    params = plain()
+    expected = answers(tiny_dirs, prompts, params, mode="ar")
+    with LocalEngine(tiny_dirs, on_device=True, max_num_seqs=5) as engine:
+        engine.wait_until_up()
+        for parts in engine.device_parts:
+            before = [layer.clone() for layer in parts.runner._cache.k]
+            with torch.inference_mode():
+                parts.runner.warm_up()
+                if parts.verification is not None:
+                    warm_up_rejection(parts, 9)
+            assert all(torch.equal(a, b) for a, b in zip(before, parts.runner._cache.k, strict=True))
+        assert texts(engine, prompts, params) == expected
 
 
 def test_the_costs_of_passes_and_steps_are_measured_for_every_size_there_is_room_for(tiny_dirs, prompts):
