@@ -53,7 +53,8 @@ class Clients:
             self._clients[owner[0]].requests.discard(request_id)
 
     def deliver(self, updates: Iterable[Update]) -> None:
-        """Put new tokens into their clients' next batches."""
+        """Put new tokens into their clients' next batches, and behind them the outputs of requests that ended."""
+        ended: dict[str, tuple[_Client, Request]] = {}
         for update in updates:
             owner = self._requests.get(update.request_id)
             if owner is None:
@@ -62,9 +63,11 @@ class Clients:
             client = self._clients[client_id]
             client.batch.updates.append(update)
             if request.finished:
-                client.batch.finished.append(request.output())
-                self.forget(update.request_id)
+                ended[update.request_id] = client, request  # updates of its other answers may follow
             client.arrived.set()
+        for request_id, (client, request) in ended.items():
+            client.batch.finished.append(request.output())
+            self.forget(request_id)
 
     async def next_batch(self, client_id: str, timeout_s: float) -> Batch:
         """The client's batch, waiting for something to come; may be empty after ``timeout_s``."""

@@ -35,7 +35,7 @@ from pearl_ray.core.outputs import RequestOutput
 from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.residents import SPARE_ROUNDS, SPARE_ROUNDS_AHEAD
 from pearl_ray.core.schedule import Limits
-from pearl_ray.core.windows import WindowPolicy
+from pearl_ray.core.windows import FREE_ROWS, WindowPolicy
 from pearl_ray.model.loading import open_models
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,13 @@ class CoordinatorActor:
             config,
             pools[0],
             pools[1] if "draft" in spec.roles else None,
-            WindowPolicy(spec.mode, spec.num_speculative_tokens, deployment.costs, shares_device=spec.colocate),
+            WindowPolicy(
+                spec.mode,
+                spec.num_speculative_tokens,
+                deployment.costs,
+                shares_device=spec.colocate,
+                ahead_rows=FREE_ROWS if spec.device == "cuda" and spec.mode == "pearl" else None,
+            ),
             decode=self._intake.tokenizer.decode,
             clock=time.monotonic,
         )

@@ -20,13 +20,13 @@ from pearl_ray.core.errors import ReplicaDivergedError
 from pearl_ray.core.logits import adjusted_logits
 from pearl_ray.core.replica import BatchSequence
 from pearl_ray.core.schedule import RoundPlan, Work
+from pearl_ray.core.windows import FREE_ROWS
 from pearl_ray.kernels.sampler import Sampler, judge_segments
 from pearl_ray.model.batching import Entry
 from pearl_ray.model.passes import PassRunner
 from pearl_ray.model.verification import Decoding, Verification
 
 ROUNDS_UNKNOWN = 2  # whose verdicts are still out when a round is promised
-FREE_ROWS = 128  # rows that a GPU's forward pass takes at the price of one (DESIGN: "Measured before the start")
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pearl_ray.actors.device_scribe import DeviceScribe
 from pearl_ray.actors.epochs import Epochs, Sends
@@ -82,7 +83,7 @@ class DraftLoop:
             scribe = DeviceScribe(self.replica, self.steps, plan, first)
             if scribe.is_able(with_grammars=self.grammars is not None):
                 return scribe
-        return _Scribe(self.replica, self.runner, plan, first, self.grammars)
+        return _Scribe(self.replica, self.runner, plan, first, self.grammars, self.steps)
 
     def _first_entries(self, plan: RoundPlan) -> list[Entry]:
         """Step 1: what the cache lacks, prefill chunks too."""
@@ -96,7 +97,10 @@ class DraftLoop:
 
 
 class _Scribe:
-    """One round's drafting: step 1 feeds ``first``, the others one token each."""
+    """One round's drafting: step 1 feeds ``first``, the others one token each.
+
+    ``steps``: where other rounds draft on the device; proposals then are its kernels' here too.
+    """
 
     def __init__(
         self,
@@ -105,12 +109,14 @@ class _Scribe:
         plan: RoundPlan,
         first: list[Entry],
         grammars: Grammars | None,
+        steps: DraftSteps | None = None,
     ) -> None:
         self._replica = replica
         self._runner = runner
         self._plan = plan
         self._first = first
         self._grammars = grammars
+        self._steps = steps
         self._made: dict[int, list[int]] = {work.seq_id: [] for work in plan.works}
         self._proposals: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {work.seq_id: [] for work in plan.works}
         self.num_steps = 0
@@ -149,13 +155,20 @@ class _Scribe:
         else:
             tokens = [-1] * len(writing)
         if rejecting:
-            whole = runner.group.all_gather(logits[rejecting], runner.vocab_sizes)
-            drawn, ids, probs = propose(whole, [rows[i] for i in rejecting], num_valid=runner.num_valid)
+            drawn, ids, probs = self._propose(logits[rejecting], [rows[i] for i in rejecting])
             for at, i in enumerate(rejecting):
                 tokens[i] = drawn[at]
                 self._proposals[writing[i].seq_id].append((ids[at], probs[at]))
         for work, token in zip(writing, tokens, strict=True):
             self._made[work.seq_id].append(token)
+
+    def _propose(
+        self, logits_RV: torch.Tensor, rows: list[Row]
+    ) -> tuple[list[int], NDArray[np.int32], NDArray[np.float32]]:
+        if self._steps is not None:
+            return self._steps.propose(logits_RV, rows)
+        whole_RV = self._runner.group.all_gather(logits_RV, self._runner.vocab_sizes)
+        return propose(whole_RV, rows, num_valid=self._runner.num_valid)
 
     def _row(self, work: Work) -> Row:
         sequence = self._replica.sequences[work.seq_id]

@@ -99,6 +99,7 @@ def _wishes(structured: bool) -> list[tuple[str, dict[str, Any]]]:
         ("logprobs", {"logprobs": 0, "temperature": 0.0}),
         ("two answers", {"n": 2}),
         ("two answers", {"n": 2, "top_k": 10, "logprobs": 1}),
+        ("two answers", {"n": 2, "num_speculative_tokens": 0, "ignore_eos": True}),  # that end in the same round
         ("window", {"num_speculative_tokens": 0}),
         ("window", {"num_speculative_tokens": 7}),
     ]

@@ -215,6 +215,8 @@ async def soak(
     tally = Tally()
     began = time.monotonic()
     answers = await alone(service, cases, tally.failures)
+    for failure in tally.failures:
+        print(failure, flush=True)
     asked, expected = list(answers), list(answers.values())
     if not asked:
         return tally

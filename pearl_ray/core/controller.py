@@ -201,6 +201,7 @@ class Controller:
         self.windows.observe_round(made, sum(num_accepted))
         if all(work.target_fed == work.num_rows for work in plan.works):  # no prompt among them
             self.windows.observe_target(summary.num_target_rows, summary.forward_s)
+            self.windows.observe_gap(sum(max(work.num_drafted, 1) for work in plan.works), summary.gap_s)
         self._provide()
         self._admit()
         self._choose_windows()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pearl_ray.core.phases import Mode
 
 MAX_WINDOW = 32
+FREE_ROWS = 128  # that a GPU's forward pass takes at the price of one (DESIGN: "Measured before the start")
 DEPTHS = (0, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 PRIOR_ACCEPTANCE = 0.7
 PRIOR_WEIGHT = 64.0  # tests the prior counts for, in the engine's estimate
@@ -159,15 +160,27 @@ class WindowPolicy:
 
     Costs come from the warm-up and are corrected by what rounds really take (both sides contend for memory and cores),
     as a slowly moving ratio per side. Where both share a device (``shares_device``) they take its time from each other:
-    a round costs their sum, as measured in the warm-up, for what one takes in a round is the other's work too.
+    a round costs their sum, as measured in the warm-up, for what one takes in a round is the other's work too. Windows
+    that are more than ``ahead_rows`` together keep passes from being queued ahead: the device then waits for the host
+    between two of them, for as long as it was seen to.
     """
 
-    def __init__(self, mode: Mode, fixed: int | None, costs: StepCosts | None, *, shares_device: bool = False) -> None:
+    def __init__(
+        self,
+        mode: Mode,
+        fixed: int | None,
+        costs: StepCosts | None,
+        *,
+        shares_device: bool = False,
+        ahead_rows: int | None = None,
+    ) -> None:
         assert fixed is not None or costs is not None or mode == "ar"
         self._mode: Mode = mode
         self._fixed = fixed
         self._costs = costs
         self._shares_device = shares_device
+        self._ahead_rows = ahead_rows
+        self._host_s = 0.0
         self._target_ratio = 1.0
         self._draft_ratio = 1.0
         self._overall = Acceptance(memory=8192.0)
@@ -202,6 +215,11 @@ class WindowPolicy:
         if self._costs is not None and steps and not self._shares_device:
             expected = max(steps * self._costs.draft(sequences), 1e-9)
             self._draft_ratio = _corrected(self._draft_ratio, seconds / expected)
+
+    def observe_gap(self, rows: int, seconds: float) -> None:
+        """So long was no pass on the target's device before one whose longest windows are so many rows together."""
+        if self._ahead_rows is not None and rows > self._ahead_rows:
+            self._host_s += (COST_MEMORY if self._host_s else 1.0) * (seconds - self._host_s)
 
     def first_window(self, batch: int) -> int:
         """The window of a sequence that joins, with which the batch has ``batch`` sequences."""
@@ -259,6 +277,9 @@ class WindowPolicy:
             draft_s_D = chosen_DA.max(1) * self._draft_curve(drafting_D, self._draft_ratio)
             target_s_D = self._target_curve(rows_D, self._target_ratio)
             seconds_D = np.maximum(target_s_D, draft_s_D) if at_once else target_s_D + draft_s_D
+            if self._ahead_rows is not None:
+                widest_D = (counts_A * np.maximum(chosen_DA, 1)).sum(1)
+                seconds_D = seconds_D + self._host_s * (widest_D > self._ahead_rows)
             speed_D = tokens_D / seconds_D
             # Where the target waits for the draft its rows cost nothing.
             costly_D = (draft_s_D <= target_s_D) if at_once else np.ones(len(DEPTHS), bool)

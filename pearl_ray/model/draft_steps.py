@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from pearl_ray.core.logits import adjusted_logits
 from pearl_ray.core.messages import MAX_PROPOSALS
 from pearl_ray.core.sampling import Row
 from pearl_ray.kernels.draft_step import StepState, feed
-from pearl_ray.kernels.sampler import RowDraws, Sampler, draw_columns, filter_flags
+from pearl_ray.kernels.sampler import RowDraws, Sampler, draw_columns, draws_of, filter_flags
 from pearl_ray.model.batching import Entry
 from pearl_ray.model.passes import SEQUENCE_BUCKETS, PassRunner, Shape, padded
 from pearl_ray.model.staging import Staging
@@ -113,6 +115,20 @@ class DraftSteps:
             self._next(size, variant)
             self.num_steps += 1
         return self._collect(steps, count, variant)
+
+    def propose(
+        self, logits_RV: torch.Tensor, rows: Sequence[Row]
+    ) -> tuple[list[int], NDArray[np.int32], NDArray[np.float32]]:
+        """``core.sampling.propose`` of this rank's logits, for a round in which the host looks at every step; waits.
+
+        By the kernels that draft the other rounds: else who shares a round would decide how a proposal is rounded.
+        """
+        runner = self._runner
+        start = sum(runner.vocab_sizes[: runner.group.rank])
+        adjusted_RV = adjusted_logits(logits_RV, rows, vocab_start=start)
+        tokens, ids, probs = self._sampler.propose(adjusted_RV, draws_of(rows, runner.device, draft=True))
+        drawn: list[int] = tokens.tolist()
+        return drawn, ids.cpu().numpy(), probs.cpu().numpy()
 
     def keep(self, seq_ids: Container[int]) -> None:
         """Forget the block tables of all other sequences."""

@@ -128,3 +128,17 @@ def test_on_a_shared_device_what_one_takes_in_a_round_is_the_others_work_too():
         policy.observe_target(4, 14.0)
     assert policy.first_window(1) == before > 0
     assert policy.current_costs().target(1) == 10.0 and policy.current_costs().draft(1) == 1.0
+
+
+def test_windows_too_wide_to_be_queued_ahead_cost_the_wait_that_was_seen():
+    costs = StepCosts({1: 20.0, 512: 21.0}, {1: 1.0, 64: 1.5})
+    policy = WindowPolicy("pearl", None, costs, ahead_rows=128)
+    sequences = {i: seen(0.7) for i in range(32)}
+    wide = sum(policy.choose(sequences).values())
+    assert wide > 128
+    policy.observe_gap(128, 9.0)  # such a pass is queued ahead: the gap has another reason
+    assert sum(policy.choose(dict(list(sequences.items())[:31])).values()) > 120
+    policy.observe_gap(wide, 9.0)
+    assert 32 < sum(policy.choose(sequences).values()) <= 128
+    alone = {0: seen(0.7)}
+    assert policy.choose(alone) == WindowPolicy("pearl", None, costs).choose(alone)  # one is never too wide
