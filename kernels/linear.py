@@ -54,6 +54,8 @@ DOTS = (
     Choice("dots", 64, 128, 4, 4),
     Choice("dots", 64, 128, 4, 6),
     Choice("dots", 128, 64, 4, 5),
+    Choice("dots", 128, 128, 8, 3),
+    Choice("dots", 64, 256, 4, 3),
 )
 FIXED = DOTS[2]  # 96 KiB of shared memory
 _SPLIT_DOTS = DOTS[3:]
