@@ -188,7 +188,10 @@ class Controller:
         commits = replica.advance(plan, drafted, verdicts)
         self.statistics.count_round(summary)
         num_drafted, num_accepted, made = [], [], 0
+        has_prompts, widest = False, 0
         for work, entry, state, commit in zip(plan.works, summary.sequences, before, commits, strict=True):
+            has_prompts |= work.target_fed != work.num_rows
+            widest += work.num_drafted or 1
             member = running.get(work.seq_id)
             if member is None:
                 continue  # it has left, and what it still did is dropped
@@ -199,9 +202,9 @@ class Controller:
             self._take(member, entry, commit)
         self.statistics.count_verdicts(num_drafted, num_accepted)
         self.windows.observe_round(made, sum(num_accepted))
-        if all(work.target_fed == work.num_rows for work in plan.works):  # no prompt among them
+        if not has_prompts:
             self.windows.observe_target(summary.num_target_rows, summary.forward_s)
-            self.windows.observe_gap(sum(max(work.num_drafted, 1) for work in plan.works), summary.gap_s)
+            self.windows.observe_gap(widest, summary.gap_s)
         self._provide()
         self._admit()
         self._choose_windows()
