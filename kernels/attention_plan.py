@@ -72,11 +72,6 @@ class Plan:
     has_one_loop: bool = False
     is_fixed: bool = False
 
-    @property
-    def min_split_keys(self) -> int:
-        """A part of the keys is at least this long; of a fixed plan, this long."""
-        return FIXED_SPLIT_KEYS if self.is_fixed else self.min_keys
-
 
 def make_plan(metadata: TritonMetadata, num_kv: int, head_dim: int, num_sms: int) -> Plan:
     """As few tiles as hold the query rows, and enough parts to give every multiprocessor two programs."""
@@ -124,7 +119,8 @@ def make_fixed_plan(metadata: TritonMetadata, head_dim: int) -> Plan:
     rows = max(FIXED_ROWS, triton.next_power_of_2(metadata.group_size))
     tiles = triton.cdiv(metadata.max_query_len, rows // metadata.group_size)
     block = 32 if dim == 256 else 64
-    return Plan(rows, block, tiles, triton.cdiv(metadata.max_context_len, FIXED_SPLIT_KEYS), 4, 3, is_fixed=True)
+    splits = triton.cdiv(metadata.max_context_len, FIXED_SPLIT_KEYS)
+    return Plan(rows, block, tiles, splits, 4, 3, min_keys=FIXED_SPLIT_KEYS, is_fixed=True)
 
 
 def cut_up(starts: Sequence[int], lengths: Sequence[int], most: int) -> tuple[list[int], list[int], list[int]]:

@@ -188,8 +188,8 @@ class TritonAttention:
         has_masks = metadata.masks_T is not None
         shape = {"HEAD_DIM": head_dim, "DIM": dim, "GROUP": metadata.group_size, "ROWS": plan.rows, "BLOCK": plan.block}
         shape |= {"HAS_MASKS": has_masks}
-        least = max(1, plan.min_split_keys // plan.block)
-        alone = 0 if plan.is_fixed else triton.cdiv(plan.alone_keys, plan.block)
+        least = max(1, plan.min_keys // plan.block)
+        alone = triton.cdiv(plan.alone_keys, plan.block)
         attend[(plan.tiles * num_kv, num_seqs, plan.splits)](
             q_THD,
             k_cache,

@@ -7,14 +7,14 @@ the library does, on a device or with a compiler that nobody has tried, is not t
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import triton
 
+from pearl_ray.kernels.capture import captured
 from pearl_ray.kernels.linear import MAX_ROWS, TORCH, Choice, Scratch, candidates, linear
 from pearl_ray.kernels.norm import rms_norm
 
@@ -97,7 +97,7 @@ def milliseconds(
         if not error <= MOST_ERROR:
             logger.warning("%s is not taken: it errs by %.3g for %s", choice, error, tuple(first.shape))
             return float("inf")
-        graph = _captured(chain)
+        graph = captured(chain)
         graph.replay()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
         events[0].record(stream)
@@ -107,20 +107,3 @@ def milliseconds(
         stream.synchronize()
     spans = [events[i].elapsed_time(events[i + 1]) for i in range(REPEATS)]
     return min(spans) / len(some)
-
-
-def _captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of what the function launches on the current stream."""
-    graph = torch.cuda.CUDAGraph()
-    collecting = gc.isenabled()
-    gc.disable()  # a tensor that is freed during a capture would be part of it
-    try:
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            function()
-        finally:
-            graph.capture_end()
-    finally:
-        if collecting:
-            gc.enable()
-    return graph

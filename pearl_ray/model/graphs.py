@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Hashable
 
 import torch
+
+from pearl_ray.kernels.capture import captured
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +63,8 @@ class GraphPool:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # what the call above took would stay beside the graphs' own memory
         began = time.monotonic()  # now, as compiling is owed anyway, here or by the first round of this kind
-        graph = torch.cuda.CUDAGraph()
-        collecting = gc.isenabled()
-        gc.disable()  # a tensor that is freed during a capture would be part of it
-        try:
-            with torch.cuda.stream(stream):
-                # Other threads (health checks) may use the device meanwhile: only this thread's calls are captured.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    function()
-                finally:
-                    graph.capture_end()
-        finally:
-            if collecting:
-                gc.enable()
+        with torch.cuda.stream(stream):
+            graph = captured(function, self._pool)
         self._pool = self._pool or graph.pool()
         self._graphs[key] = graph
         self.num_captured += 1
