@@ -32,6 +32,7 @@ from pearl_ray.core.controller import Controller, ControllerConfig
 from pearl_ray.core.errors import EngineDeadError, PearlError
 from pearl_ray.core.messages import DraftSummary, RoundSummary, Stop
 from pearl_ray.core.outputs import RequestOutput
+from pearl_ray.core.pacing import PacingPolicy
 from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.residents import SPARE_ROUNDS, SPARE_ROUNDS_AHEAD
 from pearl_ray.core.schedule import Limits
@@ -139,6 +140,7 @@ class CoordinatorActor:
             ),
             decode=self._intake.tokenizer.decode,
             clock=time.monotonic,
+            pacing=PacingPolicy(spec.min_decode_share, spec.max_num_batched_tokens) if spec.min_decode_share else None,
         )
 
     def _spawn(self, coroutine: object) -> None:

@@ -24,6 +24,7 @@ class DeploymentSpec:
         max_model_len: None: what the models allow.
         kv_cache_blocks: None: sized from free memory.
         bridge: its transport; "auto": of those that the placement allows, the one that measures fastest.
+        min_decode_share: of their speed, while long prompts are prefilled; 0: prompts aren't paced.
     """
 
     name: str
@@ -52,6 +53,7 @@ class DeploymentSpec:
     colocate: bool = False
     deterministic: bool = False
     bridge: BridgeOption = "auto"
+    min_decode_share: float = 0.75
 
     def tp(self, role: Role) -> int:
         """Shards of one model."""

@@ -7,6 +7,7 @@ with --chunk tokens a forward pass (max_num_batched_tokens). Measured in one run
   chunk    seconds of one chunk of the long prompt: its time to first token by its chunks, the short request beside it
   first    time to first token of a 20-token request submitted when a third of the prefill is done; bar: 3 chunks
   decode   tokens/s of 8 other running requests while a long prompt prefills, by those without; bar: 0.7 on GPUs
+  prefill  seconds to the long prompt's first token, alone and beside the 8, and the rounds of the latter
 
 Each figure is the median of --repeats runs with new prompts (nothing is found in the prefix cache). Prints; asserts
 nothing on time.
@@ -106,8 +107,8 @@ class Prompts:
         return [self.chance.randrange(2, self.vocab_size) for _ in range(count)]
 
 
-def first_token(engine: PearlEngine, prompts: Prompts, num_prompt: int, chunk: int) -> tuple[float, float]:
-    """(seconds of one chunk, seconds to the short request's first token)."""
+def first_token(engine: PearlEngine, prompts: Prompts, num_prompt: int, chunk: int) -> tuple[float, float, float]:
+    """Seconds: of one chunk, to the short request's first token, to the long one's when it is alone."""
     alone = Stream(engine, prompts.of(num_prompt), 1).start()
     alone.finish()
     long = Stream(engine, prompts.of(num_prompt), 1).start()
@@ -120,11 +121,13 @@ def first_token(engine: PearlEngine, prompts: Prompts, num_prompt: int, chunk: i
     chunks = -(-num_prompt // chunk)
     if not came_first:
         say("    the long prompt's first token came before the short request's: the prompt is too short to measure by")
-    return long.first_s / chunks, short.first_s
+    return long.first_s / chunks, short.first_s, alone.first_s
 
 
-def decoding(engine: PearlEngine, prompts: Prompts, num_prompt: int, max_tokens: int) -> tuple[float, float]:
-    """Tokens/s of the running requests (without, during) a long prompt's prefill."""
+def decoding(
+    engine: PearlEngine, prompts: Prompts, num_prompt: int, max_tokens: int
+) -> tuple[float, float, float, int]:
+    """Tokens/s of the running requests (without, during) a long prompt's prefill; its seconds, and its rounds."""
     running = [Stream(engine, prompts.of(SHORT_TOKENS), max_tokens).start() for _ in range(NUM_DECODING)]
     for stream in running:
         stream.wait_for_tokens(8)
@@ -138,10 +141,11 @@ def decoding(engine: PearlEngine, prompts: Prompts, num_prompt: int, max_tokens:
     long.wait_for_tokens()
     begin, end = long.started, long.started + long.first_s
     during = sum(s.tokens_between(begin, end) for s in running) / (end - begin)
+    rounds = max(sum(begin < at <= end for at, _ in list(s.arrivals)) for s in running)  # each brought some tokens
     for stream in running:
         stream.finish(stop=True)
     long.finish()
-    return without, during
+    return without, during, long.first_s, rounds
 
 
 @contextmanager
@@ -169,6 +173,8 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", default="pearl", choices=("pearl", "sd", "ar"))
     parser.add_argument("--num-speculative-tokens", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=2048, help="max_num_batched_tokens")
+    share = PearlConfig().min_decode_share
+    parser.add_argument("--min-decode-share", type=float, default=share, help="0: the prompt goes as fast as it can")
     parser.add_argument("--prompt-tokens", type=int, default=30_000, help="length of the long prompt")
     parser.add_argument("--vocab", type=int, default=64, help="prompts are made of ids from 2 to below this")
     parser.add_argument("--decode-tokens", type=int, default=4096, help="most that a running request writes")
@@ -180,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     say(f"commit {commit}, torch {torch.__version__}, {platform.machine()}, device {args.device}, chunk {args.chunk}")
+    say(f"min_decode_share {args.min_decode_share}, prompt of {args.prompt_tokens} tokens")
     prompts = Prompts(args.vocab, random.Random(1))
     room = args.prompt_tokens + NUM_DECODING * (args.decode_tokens + SHORT_TOKENS) + 8192
     with models_of(args) as (target, draft):
@@ -193,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             max_model_len=args.prompt_tokens + 64,
             max_num_seqs=32,
             max_num_batched_tokens=args.chunk,
+            min_decode_share=args.min_decode_share,
             kv_cache_blocks=-(-room // 16) if args.device == "cpu" or args.tiny else None,
             device=args.device,
             colocate=args.colocate,
@@ -201,14 +209,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             Stream(engine, prompts.of(2 * args.chunk), 16).start().finish()  # warm
             firsts = [first_token(engine, prompts, args.prompt_tokens, args.chunk) for _ in range(args.repeats)]
             rates = [decoding(engine, prompts, args.prompt_tokens, args.decode_tokens) for _ in range(args.repeats)]
-    for chunk_s, first_s in firsts:
+    for chunk_s, first_s, _ in firsts:
         say(f"    chunk {chunk_s * 1e3:.1f} ms, first token of the short request {first_s * 1e3:.1f} ms")
-    for without, during in rates:
+    for without, during, *_ in rates:
         say(f"    {NUM_DECODING} running requests: {without:.1f} tokens/s, during the prefill {during:.1f}")
-    chunks = statistics.median(first_s / chunk_s for chunk_s, first_s in firsts)
-    share = statistics.median(during / without for without, during in rates)
+    chunks = statistics.median(first_s / chunk_s for chunk_s, first_s, _ in firsts)
+    share = statistics.median(during / without for without, during, *_ in rates)
+    alone = statistics.median(alone_s for *_, alone_s in firsts)
+    beside = statistics.median(long_s for _, _, long_s, _ in rates)
+    rounds = statistics.median(count for *_, count in rates)
     say(f"  first token of a {SHORT_TOKENS}-token request: {chunks:.2f} chunk times (bar: below 3)")
     say(f"  decoding during a {args.prompt_tokens}-token prefill: {share:.2f} of that without (bar: 0.7 on GPUs)")
+    longer = beside / alone
+    say(f"  its prefill: {alone:.2f} s alone, {beside:.2f} s beside them ({longer:.1f} times), in {rounds:.0f} rounds")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class PearlConfig:
         max_model_len: longest prompt + output, in tokens; None: what the models allow.
         max_num_seqs: sequences decoded together.
         max_num_batched_tokens: most query tokens of one target forward.
+        min_decode_share: part of their speed that running requests keep while long prompts (those that one forward
+            doesn't finish) are prefilled, but for one request beside many prompts; 0: prompts go as fast as they can.
         gpu_memory_utilization: fraction of each GPU's memory to use.
         block_size: tokens per cache block.
         kv_cache_blocks: blocks per model; None: as many as the memory holds.
@@ -81,6 +83,7 @@ class PearlConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    min_decode_share: float = 0.75
     gpu_memory_utilization: float = 0.9
     block_size: int = 16
     kv_cache_blocks: int | None = None
@@ -123,6 +126,7 @@ class PearlConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:  # vLLM's rule: each sequence feeds a token per round
             allowed = f"at least max_num_seqs, which is {self.max_num_seqs}; raise the one or lower the other"
             raise ConfigError("max_num_batched_tokens", self.max_num_batched_tokens, allowed)
+        _share("min_decode_share", self.min_decode_share)
         _number("gpu_memory_utilization", self.gpu_memory_utilization, 1.0)
         _whole("block_size", self.block_size, 1, 256)
         if self.seed is not None:
@@ -271,6 +275,11 @@ def _whole(name: str, value: object, low: int, high: int | None, *, also: str = 
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         upper = f" to {high}" if high is not None else ""
         raise ConfigError(name, value, f"{also}a whole number from {low}{upper}")
+
+
+def _share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ConfigError(name, value, "a number in [0, 1)")
 
 
 def _number(name: str, value: object, high: float, *, what: str = "") -> None:

@@ -147,6 +147,7 @@ def _spec(config: PearlConfig, name: str, models: Models) -> DeploymentSpec:
         max_model_len=resolved.max_model_len,
         max_num_seqs=resolved.max_num_seqs,
         max_num_batched_tokens=resolved.max_num_batched_tokens,
+        min_decode_share=resolved.min_decode_share,
         max_waiting_requests=resolved.max_waiting_requests,
         gpu_memory_utilization=resolved.gpu_memory_utilization,
         block_size=resolved.block_size,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 
@@ -18,6 +19,7 @@ from pearl_ray.core.blocks import BlockPool
 from pearl_ray.core.controller import Controller
 from pearl_ray.core.errors import RequestRefusedError
 from pearl_ray.core.messages import DraftSummary, RoundSummary
+from pearl_ray.core.pacing import PacingPolicy
 from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.phases import Node, Proposal
 from pearl_ray.core.requests import Request
@@ -125,6 +127,7 @@ class Outcome:
     preemptions: int = 0
     hit_tokens: int = 0
     evictions: int = 0
+    num_paced: int = 0  # rounds behind which a long prompt has to rest
 
 
 class Desk:
@@ -295,9 +298,35 @@ class BatchedSimulation(Simulation):
 # -- the two machines -----------------------------------------------------------------------------------------------
 
 
-def serve_simulation(arrivals: Sequence[Arrival], *, lag: int = 1, **options: object) -> Outcome:
-    """Rounds in lockstep; the coordinator hears of each ``lag`` rounds late, as a real one does."""
+@dataclass(slots=True)
+class Watch:
+    """Says how long the rounds of a simulation took: longer with more rows, and never quite the same."""
+
+    chance: random.Random
+    now: float = 100.0
+    num_paced: int = 0
+
+    def stamp(self, simulation: Simulation) -> None:
+        """Of the newest round."""
+        summary = simulation.summaries.pop()
+        started = self.now
+        self.now += (0.01 + 0.0002 * summary.num_target_rows) * self.chance.uniform(0.9, 1.1)
+        simulation.summaries.append(msgspec.structs.replace(summary, started=started, finished=self.now))
+        self.num_paced += simulation.shards[0].debt > 0
+
+
+def serve_simulation(
+    arrivals: Sequence[Arrival], *, lag: int = 1, decode_share: float = 0.0, **options: object
+) -> Outcome:
+    """Rounds in lockstep; the coordinator hears of each ``lag`` rounds late, as a real one does.
+
+    ``decode_share``: long prompts are paced, on a clock of the simulation's own.
+    """
     simulation = BatchedSimulation(**options)
+    if decode_share:
+        budget = simulation.controller.config.limits.max_num_batched_tokens
+        simulation.controller.pacing = PacingPolicy(decode_share, budget)
+    watch = Watch(random.Random(8))
     pools = simulation.pools[: 1 if simulation.mode == "ar" else 2]
     desk = Desk(simulation.controller, pools, arrivals)
     number = 0
@@ -305,6 +334,8 @@ def serve_simulation(arrivals: Sequence[Arrival], *, lag: int = 1, **options: ob
         if desk.submit_due(number):
             simulation.collect()
         worked = simulation.round()
+        if worked:
+            watch.stamp(simulation)
         while len(simulation.summaries) > (lag if worked else 0):
             simulation.deliver_summary()
         number += 1
@@ -314,6 +345,7 @@ def serve_simulation(arrivals: Sequence[Arrival], *, lag: int = 1, **options: ob
             break
         number = max(number, desk.next_round())
     outcome = desk.outcome()
+    outcome.num_paced = watch.num_paced
     simulation.assert_at_rest()
     return outcome
 
@@ -324,7 +356,7 @@ class PressedEngine(LocalEngine):
     def serve(self, arrivals: Sequence[Arrival]) -> Outcome:
         pools = self.pools[: 1 if len(self._tp) == 1 else 2]
         desk = Desk(self.controller, pools, arrivals)
-        number = 0
+        number = num_paced = 0
         while self.controller.requests or not desk.is_done:
             if not self.controller.requests and not desk.is_done:
                 number = max(number, desk.next_round())
@@ -337,15 +369,25 @@ class PressedEngine(LocalEngine):
             if isinstance(message, RoundSummary):
                 self.controller.on_round(message)
                 number += 1
+                num_paced += self.controller.replica.debt > 0
             elif isinstance(message, DraftSummary):
                 self.controller.on_draft(message)
             self.flush()
-        return desk.outcome()
+            if isinstance(message, RoundSummary):
+                self._pace.hear()
+        outcome = desk.outcome()
+        outcome.num_paced = num_paced
+        return outcome
 
 
-def serve_tiny_pair(arrivals: Sequence[Arrival], dirs: tuple[Path, Path], **options: object) -> Outcome:
-    """On the tiny pair, in float64, in real loops."""
+def serve_tiny_pair(
+    arrivals: Sequence[Arrival], dirs: tuple[Path, Path], *, decode_share: float = 0.0, **options: object
+) -> Outcome:
+    """On the tiny pair, in float64, in real loops; ``decode_share``: long prompts are paced by what rounds take."""
     with PressedEngine(dirs, **({"max_model_len": MODEL_LEN} | options)) as engine:  # type: ignore[arg-type]
+        if decode_share:
+            budget = engine.controller.config.limits.max_num_batched_tokens
+            engine.controller.pacing = PacingPolicy(decode_share, budget)
         return engine.serve(arrivals)
 
 

@@ -177,6 +177,13 @@ ENGINE_OPTIONS: list[Callable[[Any], Any]] = [
         help="Most tokens of one target forward; at least --max-num-seqs.",
     ),
     option(
+        "--min-decode-share",
+        type=float,
+        default=DEFAULTS.min_decode_share,
+        help="Part of their speed that running requests keep while long prompts are prefilled, from 0 (prompts as fast "
+        "as they go) to below 1.",
+    ),
+    option(
         "--gpu-memory-utilization",
         type=float,
         default=DEFAULTS.gpu_memory_utilization,

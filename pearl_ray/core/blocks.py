@@ -71,10 +71,14 @@ class BlockPool:
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` blocks; the caller has asked :meth:`can_allocate`."""
         assert self.can_allocate(count)
-        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
-        for block in blocks:
-            self._forget(block)
+        blocks = []
+        for _ in range(count):
+            block, _ = self._free.popitem(last=False)
             self._holders[block] = 1
+            digest = self._hash_of.pop(block, None)
+            if digest is not None:
+                del self._block_of[digest]
+            blocks.append(block)
         return blocks
 
     def find_prefix(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
@@ -134,11 +138,6 @@ class BlockPool:
         """Counts for the metrics."""
         return PoolUsage(self.num_blocks, self.num_blocks - len(self._free), self._queried_tokens, self._hit_tokens)
 
-    def _forget(self, block: int) -> None:
-        digest = self._hash_of.pop(block, None)
-        if digest is not None:
-            del self._block_of[digest]
-
 
 class Holding:
     """The blocks one sequence holds in one pool, and how far their committed part has been made findable.
@@ -162,7 +161,8 @@ class Holding:
 
     def missing(self, num_tokens: int) -> int:
         """Blocks to take before ``num_tokens`` fit."""
-        return max(-(-num_tokens // self.pool.block_size) - len(self.blocks), 0)
+        missing = -(-num_tokens // self.pool.block_size) - len(self.blocks)
+        return missing if missing > 0 else 0
 
     def extend(self, count: int) -> list[int]:
         """Take ``count`` more blocks; returns them."""

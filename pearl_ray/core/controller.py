@@ -19,15 +19,17 @@ from pearl_ray.core.messages import (
     PlanDiff,
     RoundSummary,
     SequenceSummary,
+    SetPace,
     SetWindow,
 )
+from pearl_ray.core.pacing import PacingPolicy
 from pearl_ray.core.params import SamplingParams, Verification
 from pearl_ray.core.phases import Commit, Node, Phase
 from pearl_ray.core.replica import Replica
 from pearl_ray.core.requests import Answer, Request, Update, make_request
 from pearl_ray.core.residents import SPARE_ROUNDS, Residents, Running
 from pearl_ray.core.rng import entropy_seed, request_seed
-from pearl_ray.core.schedule import Limits
+from pearl_ray.core.schedule import Limits, Pace, RoundPlan
 from pearl_ray.core.statistics import Statistics
 from pearl_ray.core.waiting import WaitingQueue
 from pearl_ray.core.windows import WindowPolicy
@@ -62,8 +64,11 @@ class Controller:
         windows: WindowPolicy,
         decode: Callable[[list[int]], str],
         clock: Callable[[], float],
+        pacing: PacingPolicy | None = None,
     ) -> None:
+        """``pacing``: of long prompts' prefill; None: as fast as they go."""
         self.config = config
+        self.pacing = pacing
         self.replica = Replica(config.limits, config.block_size)
         self.windows = windows
         self.statistics = Statistics()
@@ -78,6 +83,8 @@ class Controller:
         self._num_requests = 0
         self._touched: dict[int, Answer] = {}
         self._chosen: Mapping[int, int] = {}  # the windows in force or on their way
+        self._pace = Pace(config.limits.max_num_batched_tokens)  # in force or on its way
+        self._ended = (-2, 0.0)  # the last round with decoding sequences: its number, when it ended
         self._short: list[Running] = []  # who holds fewer blocks than wanted
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -205,6 +212,8 @@ class Controller:
         if not has_prompts:
             self.windows.observe_target(summary.num_target_rows, summary.forward_s)
             self.windows.observe_gap(widest, summary.gap_s)
+        if self.pacing is not None:
+            self._choose_pace(self.pacing, plan, summary)
         self._provide()
         self._admit()
         self._choose_windows()
@@ -231,7 +240,7 @@ class Controller:
         request = answer.request
         if request.first_token_at is None:
             request.first_token_at = self._clock()
-        self.statistics.generation_tokens += answer.commit(commit, entry.logprobs)
+        self.statistics.generation_tokens += answer.commit(commit, entry.logprobs or ())
         self._touched[id(answer)] = answer
         if answer.finish_reason is not None:
             self._keep(running)
@@ -314,6 +323,18 @@ class Controller:
                 if running.answer.num_tokens > running.enough_until:
                     self._short.append(running)
                 self._changes.append(SetWindow(running.seq_id, window))
+
+    def _choose_pace(self, pacing: PacingPolicy, plan: RoundPlan, summary: RoundSummary) -> None:
+        """Learn what the round took, the host's part too: from the end of the round before."""
+        if not plan.num_decoding:
+            return
+        (number, ended), self._ended = self._ended, (summary.round, summary.finished)
+        if number != summary.round - 1:
+            return  # the round before was another kind, and before it there was perhaps no work
+        pace = pacing.observe(summary.finished - ended, plan.num_decoding, plan.prefill)
+        if pace != self._pace:
+            self._pace = pace
+            self._changes.append(SetPace(pace.tokens, pace.every))
 
     def _window_for(self, answer: Answer, chosen: int) -> int:
         """The request's own window, or the one chosen for it."""

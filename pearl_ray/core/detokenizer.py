@@ -97,13 +97,14 @@ class Detokenizer:
         It does where a stop string ends, and where bytes aren't, or not yet, a character: byte fallback shows whole
         characters before them as replacement characters too, which one by one were given out.
         """
-        tail, held = self._tail, self._held
+        tail, stops = self._tail, self._stops
         peeked = tail.peek(token_ids)
         if peeked is None or _REPLACEMENT in peeked.new or len(peeked.decided) < len(peeked.text):
             return None
-        text = held + peeked.new
-        if self._stops is not None:
-            if self._stops.first_end(text, len(held)) is not None:
+        text = peeked.new
+        if stops is not None and (self._held or stops.may_begin_in(text)):
+            text = self._held + text
+            if stops.first_end(text, len(self._held)) is not None:
                 return None
             text = self._hold_back(text)
         self._num_tokens += len(token_ids)
@@ -249,6 +250,14 @@ class _StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         longest_first = sorted(set(stops), key=len, reverse=True)  # the longest wins a tie
         self._stops = [(stop, stop[0], len(stop)) for stop in longest_first]
+        self._firsts = sorted({stop[0] for stop in stops})
+
+    def may_begin_in(self, text: str) -> bool:
+        """Whether the text has a character with which a stop string begins; where it doesn't none ends or begins."""
+        for first in self._firsts:  # noqa: SIM110 - asked once per round: a generator costs five times as much
+            if first in text:
+                return True
+        return False
 
     def first_end(self, text: str, after: int) -> tuple[int, str] | None:
         """The first end of a stop string behind ``after`` characters, and which one (the longest) ends there."""

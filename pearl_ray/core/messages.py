@@ -57,7 +57,14 @@ class SetWindow(msgspec.Struct, frozen=True, tag=True):
     window: int
 
 
-Change = Join | Leave | Extend | SetWindow
+class SetPace(msgspec.Struct, frozen=True, tag=True):
+    """How fast long prompts go beside decoding sequences from now on; see ``schedule.Pace``."""
+
+    tokens: int
+    every: int
+
+
+Change = Join | Leave | Extend | SetWindow | SetPace
 
 
 class PlanDiff(msgspec.Struct, frozen=True, tag=True):
@@ -100,16 +107,17 @@ class SequenceSummary(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One sequence's part of a round: enough to repeat its transition.
 
     ``logprobs``: per committed token, where the request asks for them; ``prompt_logprobs``: per prompt token whose
-    distribution a prefill chunk gave, from position ``prompt_start`` on.
+    distribution a prefill chunk gave, from position ``prompt_start`` on. None rather than empty lists: those would be
+    made, and looked through by the garbage collector, for every sequence and round.
     """
 
     seq_id: int
     drafted: list[int]
     num_accepted: int
     token: int
-    logprobs: list[TokenLogprobs] = []
+    logprobs: list[TokenLogprobs] | None = None
     prompt_start: int = 0
-    prompt_logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class RoundSummary(msgspec.Struct, frozen=True, tag=True):

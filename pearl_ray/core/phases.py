@@ -136,16 +136,18 @@ def transition(state: SequenceState, event: Round) -> tuple[SequenceState, Commi
     """
     if not state.is_decoding:
         return _prefill(state, event)
-    nodes, num_accepted = state.pending + event.drafted, event.num_accepted
+    drafted, token = event.drafted, event.token
+    nodes, num_accepted = state.pending + drafted, event.num_accepted
     assert num_accepted <= event.num_tested <= len(nodes)
     rejected = num_accepted < event.num_tested
-    tokens = tuple([node.token for node in nodes[:num_accepted]]) if num_accepted else ()
+    tokens = [node.token for node in nodes[:num_accepted]] if num_accepted else []
     origin: Origin = "post_verify" if state.pending else "pre_verify"
     origins = (origin,) * num_accepted
     pending: tuple[Node, ...] = ()
-    if event.token >= 0:
+    if token >= 0:
         last: Origin = "residual" if rejected else "bonus" if nodes else "target"
-        tokens, origins = (*tokens, event.token), (*origins, last)
+        tokens.append(token)
+        origins += (last,)
     else:
         assert not rejected, "a rejection comes with a replacement"
         pending = rechain(nodes[num_accepted:])
@@ -153,8 +155,8 @@ def transition(state: SequenceState, event: Round) -> tuple[SequenceState, Commi
     known = committed + len(pending) - 1
     # The draft fed everything up to the last token it made; what was dropped is overwritten by later rounds.
     draft_kv = state.draft_kv + event.draft_fed
-    if event.drafted:
-        draft_kv += len(event.drafted) - 1
+    if drafted:
+        draft_kv += len(drafted) - 1
     after = SequenceState(
         state.num_prompt,
         committed,
@@ -165,7 +167,7 @@ def transition(state: SequenceState, event: Round) -> tuple[SequenceState, Commi
         draft_kv if draft_kv < known else known,
     )
     assert state.target_kv + event.target_fed >= committed - 1 and known < state.max_total, (state, event)
-    return after, Commit(tokens, origins)
+    return after, Commit(tuple(tokens), origins)
 
 
 def _prefill(state: SequenceState, event: Round) -> tuple[SequenceState, Commit]:

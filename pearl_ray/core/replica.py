@@ -13,21 +13,27 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from pearl_ray.core.messages import Extend, Join, Leave, PlanDiff, SetWindow
+from pearl_ray.core.messages import Extend, Join, Leave, PlanDiff, SetPace, SetWindow
 from pearl_ray.core.phases import Commit, Node, Round, SequenceState, transition
 from pearl_ray.core.sampling import Row
-from pearl_ray.core.schedule import Limits, Member, RoundPlan, Work, plan_round
+from pearl_ray.core.schedule import Limits, Member, Pace, RoundPlan, Work, plan_round
 
 
-@dataclass(slots=True)
-class BatchSequence:
-    """A sequence of the batch: how it joined, its committed tokens, its state, its blocks in each cache."""
+@dataclass(slots=True, kw_only=True)
+class BatchSequence(Member):
+    """A sequence of the batch: beside what the schedule sees, how it joined, its committed tokens, its blocks."""
 
     join: Join
-    state: SequenceState
     tokens: list[int]
     target_blocks: list[int] = field(default_factory=list)
     draft_blocks: list[int] = field(default_factory=list)
+
+    def extend(self, target_blocks: Sequence[int], draft_blocks: Sequence[int], block_size: int) -> None:
+        """Hold more blocks."""
+        self.target_blocks += target_blocks
+        self.draft_blocks += draft_blocks
+        self.target_capacity = len(self.target_blocks) * block_size
+        self.draft_capacity = len(self.draft_blocks) * block_size
 
     def row(self, position: int, drafted: Sequence[int] = ()) -> Row:
         """What decides the token at ``position``, given the drafted tokens between the committed ones and it."""
@@ -49,6 +55,8 @@ class Replica:
         self.limits = limits
         self.block_size = block_size
         self.epoch = 0
+        self.pace = Pace(limits.max_num_batched_tokens)  # of long prompts; this one is no limit
+        self.debt = 0  # see ``RoundPlan``
         self.sequences: dict[int, BatchSequence] = {}
 
     def apply(self, diff: PlanDiff) -> None:
@@ -58,25 +66,21 @@ class Replica:
         for change in diff.changes:
             match change:
                 case Join():
-                    self.sequences[change.seq_id] = _joined(change)
+                    self.sequences[change.seq_id] = _joined(change, self.block_size)
                 case Leave():
                     del self.sequences[change.seq_id]
                 case Extend():
                     sequence = self.sequences[change.seq_id]
-                    sequence.target_blocks.extend(change.target_blocks)
-                    sequence.draft_blocks.extend(change.draft_blocks)
+                    sequence.extend(change.target_blocks, change.draft_blocks, self.block_size)
                 case SetWindow():
                     sequence = self.sequences[change.seq_id]
                     sequence.state = msgspec.structs.replace(sequence.state, window=change.window)
+                case SetPace():
+                    self.pace = Pace(change.tokens, change.every)
 
     def plan(self) -> RoundPlan:
         """The next round's work."""
-        size = self.block_size
-        members = [
-            Member(seq_id, s.state, len(s.target_blocks) * size, len(s.draft_blocks) * size, s.join.rejection)
-            for seq_id, s in self.sequences.items()
-        ]
-        return plan_round(members, self.limits)
+        return plan_round(self.sequences.values(), self.limits, self.pace, self.debt)
 
     def advance(
         self, plan: RoundPlan, drafted: Sequence[tuple[Node, ...]], verdicts: Sequence[tuple[int, int]]
@@ -89,11 +93,12 @@ class Replica:
             sequence.state, commit = transition(sequence.state, event)
             sequence.tokens.extend(commit.tokens)
             commits.append(commit)
+        self.debt = plan.debt
         return commits
 
     def checksum(self) -> int:
-        """A number that two replicas share only if their sequences, lengths, windows and epochs agree."""
-        counts = [self.epoch]
+        """A number that two replicas share only if their sequences, lengths, windows, pace and epochs agree."""
+        counts = [self.epoch, self.pace.tokens, self.pace.every, self.debt]
         for seq_id, sequence in self.sequences.items():
             s = sequence.state
             counts += (seq_id, s.num_committed, len(s.pending), s.window, s.target_kv, s.draft_kv)
@@ -123,7 +128,7 @@ def _slice(sequence: BatchSequence, start: int, count: int, drafted: Sequence[No
     return tokens
 
 
-def _joined(join: Join) -> BatchSequence:
+def _joined(join: Join, block_size: int) -> BatchSequence:
     state = SequenceState(
         num_prompt=join.num_prompt,
         num_committed=len(join.tokens),
@@ -132,4 +137,6 @@ def _joined(join: Join) -> BatchSequence:
         target_kv=join.target_cached,
         draft_kv=join.draft_cached,
     )
-    return BatchSequence(join, state, list(join.tokens), list(join.target_blocks), list(join.draft_blocks))
+    sequence = BatchSequence(join.seq_id, state, 0, 0, join.rejection, join=join, tokens=list(join.tokens))
+    sequence.extend(join.target_blocks, join.draft_blocks, block_size)
+    return sequence

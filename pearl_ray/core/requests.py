@@ -43,7 +43,8 @@ class Answer:
     num_post_verify: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
-    _sent: int = 0
+    _unsent_tokens: tuple[int, ...] = ()
+    _unsent_origins: tuple[Origin, ...] = ()
     _unsent_text: str = ""
 
     @property
@@ -73,26 +74,26 @@ class Answer:
         Returns by how many tokens the answer grew.
         """
         assert self.finish_reason is None
-        before = len(self.token_ids)
-        tokens = commit.tokens
+        tokens, before = commit.tokens, len(self.token_ids)
         kept = len(tokens)
         if self.num_tokens + kept >= self.max_total or not self.request.end_ids.isdisjoint(tokens):
             kept = self._num_until_stop(tokens)
-            tokens = tokens[:kept]
         ended = self.finish_reason == "stop"  # the token that ended it has no text
-        delta = self.detokenizer.append(tokens[:-1] if ended else tokens)
+        delta = self.detokenizer.append(tokens[: kept - 1] if ended else tokens[:kept])
         self._unsent_text += delta.text
-        self.token_ids += tokens
-        self.origins += commit.origins[:kept]
-        if logprobs:
-            self.logprobs += logprobs[:kept]
         if delta.stop_reason is not None:
-            for kept_list in (self.token_ids, self.origins, self.logprobs):
-                del kept_list[delta.num_tokens_used :]
+            kept = delta.num_tokens_used - before
             self.finish_reason, self.stop_reason = "stop", delta.stop_reason
         elif self.finish_reason is not None:
             self._unsent_text += self.detokenizer.finish()
-        return len(self.token_ids) - before
+        tokens, origins = tokens[:kept], commit.origins[:kept]
+        self.token_ids += tokens
+        self.origins += origins
+        self._unsent_tokens += tokens
+        self._unsent_origins += origins
+        if logprobs:
+            self.logprobs += logprobs[:kept]
+        return kept
 
     def _num_until_stop(self, tokens: Sequence[int]) -> int:
         """How many of these tokens remain, up to the one that ends the answer; sets the reasons if there is one."""
@@ -114,20 +115,24 @@ class Answer:
 
     def take_update(self, request_id: str) -> Update | None:
         """What came since the last call, or None."""
-        sent, self._sent = self._sent, len(self.token_ids)
-        if sent == self._sent and not self._unsent_text and self.finish_reason is None:
+        tokens, text = self._unsent_tokens, self._unsent_text
+        if not tokens and not text and self.finish_reason is None:
             return None
-        text, self._unsent_text = self._unsent_text, ""
-        return Update(
+        logprobs = None
+        if self.request.params.logprobs is not None:
+            logprobs = self.readable(self.logprobs[len(self.token_ids) - len(tokens) :])
+        update = Update(
             request_id,
             self.index,
-            tuple(self.token_ids[sent:]),
-            tuple(self.origins[sent:]),
+            tokens,
+            self._unsent_origins,
             text,
             self.finish_reason,
             self.stop_reason,
-            None if self.request.params.logprobs is None else self.readable(self.logprobs[sent:]),
+            logprobs,
         )
+        self._unsent_tokens, self._unsent_origins, self._unsent_text = (), (), ""
+        return update
 
     def readable(self, logprobs: Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
         """Per token, the candidates by id: the token itself and the likeliest."""

@@ -98,9 +98,10 @@ class Residents:
 
     def can_extend(self, running: Running, num_committed: int) -> bool:
         """Whether there are blocks for the next rounds."""
-        wanted = running.wanted(num_committed)
-        holdings = (running.target, running.draft)
-        return all(holding is None or holding.pool.can_allocate(holding.missing(wanted)) for holding in holdings)
+        wanted, target, draft = running.wanted(num_committed), running.target, running.draft
+        if not target.pool.can_allocate(target.missing(wanted)):
+            return False
+        return draft is None or draft.pool.can_allocate(draft.missing(wanted))
 
     def extend(self, running: Running, num_committed: int) -> Extend | None:
         """Take them; None where enough are held."""

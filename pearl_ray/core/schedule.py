@@ -1,7 +1,8 @@
 """What each model does in the next round, for the whole batch. A pure function of the batch: every replica computes it.
 
 Decoding sequences come first; what is left of the token budget is shared among the sequences in prefill, so that a
-long prompt doesn't keep a short one waiting. Knows nothing of requests: who is in the batch was decided before.
+long prompt doesn't keep a short one waiting; beside decoding sequences long prompts go at a pace. Knows nothing of
+requests and of time: who is in the batch, and how fast prompts may go, was decided before.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import msgspec
 
 from pearl_ray.core.phases import Mode, SequenceState
 
+ROUND = 16  # the unit of ``Pace.every`` and ``RoundPlan.debt``: sixteenths of a round
+MOST_ROUNDS = 64  # a long prompt gets a chunk at least so often
+CATCH_UP = 2  # tokens a round that a draft which is behind gets at least: its sequence goes on by one meanwhile
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -20,6 +25,34 @@ class Limits:
 
     mode: Mode
     max_num_batched_tokens: int
+
+
+class Pace(msgspec.Struct, frozen=True, gc=False):
+    """How fast long prompts go beside decoding sequences.
+
+    Attributes:
+        tokens: most tokens that all of them together feed in a round, for either model.
+        every: sixteenths of a round from one chunk to the next: 16 is in every round, 17 in 16 rounds of 17.
+    """
+
+    tokens: int
+    every: int = ROUND
+
+
+class Prefill(msgspec.Struct, frozen=True, gc=False):
+    """What a round does for prompts.
+
+    Attributes:
+        num_long: prompts that the round's whole budget, evenly shared, would not finish.
+        tokens: what those, and drafts that are far behind, feed; of target and draft the larger.
+        room: what they would have fed unpaced.
+        others: what all others feed, both models together; they finish in this round.
+    """
+
+    num_long: int
+    tokens: int
+    room: int
+    others: int
 
 
 class Work(msgspec.Struct, frozen=True, gc=False):
@@ -43,9 +76,18 @@ class Work(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class RoundPlan:
-    """The round's work, in the batch's order, of the sequences that have any."""
+    """The round's work, in the batch's order, of the sequences that have any.
+
+    Attributes:
+        num_decoding: sequences of which the target verifies or decodes something.
+        prefill: None where neither a prompt nor a draft that is behind waits for anything.
+        debt: sixteenths of a round that long prompts have to rest for, after this round.
+    """
 
     works: tuple[Work, ...]
+    num_decoding: int = 0
+    prefill: Prefill | None = None
+    debt: int = 0
 
     @property
     def num_drafted(self) -> int:
@@ -58,7 +100,8 @@ class RoundPlan:
         return sum([work.target_fed for work in self.works])
 
 
-class Member(msgspec.Struct, frozen=True, gc=False):
+@dataclass(slots=True)
+class Member:
     """A sequence of the batch as the schedule sees it; capacities are tokens that fit in the blocks it holds.
 
     ``needs_draft``: under `rejection` a token without a proposal is drawn from other noise, so the sequence waits while
@@ -72,13 +115,18 @@ class Member(msgspec.Struct, frozen=True, gc=False):
     needs_draft: bool = False
 
 
-def plan_round(members: Iterable[Member], limits: Limits) -> RoundPlan:
-    """Decide the round. Deterministic in its arguments; sequences without room or work are left out."""
+def plan_round(members: Iterable[Member], limits: Limits, pace: Pace | None = None, debt: int = 0) -> RoundPlan:
+    """Decide the round. Deterministic in its arguments; sequences without room or work are left out.
+
+    ``pace`` (None: as fast as they go) holds for long prompts, in rounds in which others decode; ``debt`` is the one
+    of the round before.
+    """
     mode = limits.mode
     works: list[Work | None] = []
     prefilling: list[tuple[int, Member]] = []  # with their places in ``works``, as in ``behind``
     behind: list[tuple[int, Member]] = []
     target_budget = draft_budget = limits.max_num_batched_tokens
+    num_waiting = 0  # for their draft alone
     for member in members:
         state = member.state
         if state.is_full:
@@ -94,23 +142,29 @@ def plan_round(members: Iterable[Member], limits: Limits) -> RoundPlan:
             behind.append((len(works), member))
             if member.needs_draft and state.num_committed + len(state.pending) < state.max_total:
                 work = Work(member.seq_id, 0, 0, 0, 0, 0)
+                num_waiting += 1
         target_budget -= work.target_fed
         draft_budget -= work.draft_fed
         works.append(work)
+    num_decoding = len(works) - len(prefilling) - num_waiting
     if not prefilling and not behind:
-        return RoundPlan(tuple(works))  # type: ignore[arg-type]  # None stands for sequences in prefill only
-    target_chunks = _share(target_budget, [(m.seq_id, _target_lack(m)) for _, m in prefilling])
-    draft_lacks = [(m.seq_id, _draft_lack(m)) for _, m in prefilling + behind] if mode != "ar" else []
-    draft_chunks = _share(draft_budget, draft_lacks)
+        return RoundPlan(tuple(works), num_decoding)  # type: ignore[arg-type]  # None: sequences in prefill only
+    target = _Chunks.share(target_budget, [(_target_lack(m), m.seq_id) for _, m in prefilling])
+    draft_lacks = [(_draft_lack(m), m.seq_id) for _, m in prefilling + behind] if mode != "ar" else []
+    draft = _Chunks.share(draft_budget, draft_lacks)
+    room = max(target.room, draft.room)
+    debt = _pace((target, draft), pace, debt, len(behind)) if num_decoding and pace is not None else 0
     for place, member in behind:
         work = works[place]
         assert work is not None
-        fed = draft_chunks.get(member.seq_id, 0)
+        fed = draft.tokens.get(member.seq_id, 0)
         idle = not work.target_fed and not fed
         works[place] = None if idle else Work(work.seq_id, work.target_fed, work.num_rows, work.num_tested, fed, 0)
     for place, member in prefilling:
-        works[place] = _prefill(member, target_chunks.get(member.seq_id, 0), draft_chunks.get(member.seq_id, 0))
-    return RoundPlan(tuple([work for work in works if work is not None]))
+        works[place] = _prefill(member, target.tokens.get(member.seq_id, 0), draft.tokens.get(member.seq_id, 0))
+    num_long = len({seq_id for _, seq_id in target.long + draft.long} - {m.seq_id for _, m in behind})
+    prefill = Prefill(num_long, max(target.room, draft.room), room, target.others + draft.others)
+    return RoundPlan(tuple([work for work in works if work is not None]), num_decoding, prefill, debt)
 
 
 def _decode(member: Member, mode: Mode, draft_budget: int) -> Work | None:
@@ -171,14 +225,50 @@ def _draft_lack(member: Member) -> int:
     return max(min(goal, member.draft_capacity) - state.draft_kv, 0)
 
 
-def _share(budget: int, lacks: list[tuple[int, int]]) -> dict[int, int]:
-    """Split ``budget`` tokens evenly: nobody gets more than it lacks, what one leaves over the others share."""
-    shares: dict[int, int] = {}
-    waiting = sorted((lack, seq_id) for seq_id, lack in lacks if lack > 0)
-    for index, (lack, seq_id) in enumerate(waiting):
-        # Sorted by lack: whoever needs less than an even share is served whole; the rest is split among the others.
-        share = min(lack, -(-max(budget, 0) // (len(waiting) - index)))
-        if share:
-            shares[seq_id] = share
-            budget -= share
-    return shares
+@dataclass(slots=True)
+class _Chunks:
+    """What one model feeds of prompts in a round: ``tokens`` by sequence, ``room`` of them for ``long``, (lack, id) of
+    those whose even share doesn't finish them; ``others`` for those that it does."""
+
+    tokens: dict[int, int]
+    long: list[tuple[int, int]]
+    room: int
+    others: int
+
+    @staticmethod
+    def share(budget: int, lacks: list[tuple[int, int]]) -> _Chunks:
+        """Split ``budget`` tokens evenly: nobody gets more than it lacks, what one leaves over the others share."""
+        waiting = sorted((lack, seq_id) for lack, seq_id in lacks if lack > 0)
+        chunks = _Chunks({}, [], 0, 0)
+        for index, (lack, seq_id) in enumerate(waiting):
+            # Sorted by lack: whoever needs less than an even share is served whole; the rest is split among the others.
+            share = min(lack, -(-max(budget, 0) // (len(waiting) - index)))
+            if share:
+                chunks.tokens[seq_id] = share
+                budget -= share
+            if share < lack:
+                chunks.long.append((lack, seq_id))
+                chunks.room += share
+            else:
+                chunks.others += share
+        return chunks
+
+    def slow(self, tokens: int) -> None:
+        """Leave the long ones ``tokens`` together."""
+        for _, seq_id in self.long:
+            self.tokens.pop(seq_id, None)
+        given = _Chunks.share(tokens, self.long).tokens
+        self.tokens |= given
+        self.room = sum(given.values())
+
+
+def _pace(both: tuple[_Chunks, _Chunks], pace: Pace, debt: int, num_behind: int) -> int:
+    """Hold the long prompts to their pace; returns the debt after the round. It is 0 where there is none of them."""
+    if not any(chunks.long for chunks in both):
+        return 0
+    rests = debt >= ROUND
+    for chunks, must in zip(both, (0, num_behind * CATCH_UP * -(-pace.every // ROUND)), strict=True):
+        # A draft that is behind comes nearer only by more than its sequence decodes; else it doesn't rest either.
+        if chunks.long and must <= chunks.room:
+            chunks.slow(0 if rests else min(max(pace.tokens, must), chunks.room))
+    return debt - ROUND if rests else debt + max(pace.every - ROUND, 0)

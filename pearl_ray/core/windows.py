@@ -245,7 +245,9 @@ class WindowPolicy:
         if changed or self._rounds % REVIEW_ROUNDS == 0:
             overall = self.acceptance
             alphas = [a.rate(overall, SEQUENCE_PRIOR_WEIGHT) for a in sequences.values()]
-            self._windows = dict(zip(sequences, self._review(alphas), strict=True))
+            windows = dict(zip(sequences, self._review(alphas), strict=True))
+            if windows != self._windows:
+                self._windows = windows
             self._asleep = [seq_id for seq_id, window in self._windows.items() if window == 0]
         if self._asleep:
             probed = [seq_id for seq_id in self._asleep if sequences[seq_id].rounds_without >= PROBE_ROUNDS]

@@ -49,8 +49,9 @@ def test_two_hundred_mixed_requests_under_pressure_have_the_texts_they_have_alon
     assert min(len(a.prompt) for a in arrivals) < 12 and max(len(a.prompt) for a in arrivals) > 3_500
     options = {"block_size": size, "window": WINDOW}
     batch = {"max_num_seqs": 32, "max_num_batched_tokens": 512}
-    outcome = serve_simulation(arrivals, mode=mode, num_blocks=blocks, **batch, **options)
+    outcome = serve_simulation(arrivals, mode=mode, num_blocks=blocks, decode_share=0.75, **batch, **options)
     assert_it_was_tight(outcome, num_hopeless=10)
+    assert outcome.num_paced > 20
     check_texts(arrivals, outcome, lambda a: alone(serve_simulation, a, mode, max_num_batched_tokens=4096, **options))
 
 
@@ -58,13 +59,31 @@ def on_the_tiny_pair(dirs, mode: Mode, count: int, prompts: tuple[int, int], blo
     size = 4
     arrivals = traffic(2, count, TINY, rate=2.0, prompts=prompts, room=blocks * size, hopeless=10)
     serve = functools.partial(serve_tiny_pair, dirs=dirs, block_size=size, window=WINDOW)
-    outcome = serve(arrivals, mode=mode, num_blocks=blocks, max_num_seqs=32, max_num_batched_tokens=256)
+    batch = {"max_num_seqs": 32, "max_num_batched_tokens": 256, "decode_share": 0.75}
+    outcome = serve(arrivals, mode=mode, num_blocks=blocks, **batch)
     assert_it_was_tight(outcome, num_hopeless=count // 10)
     check_texts(arrivals, outcome, lambda a: alone(serve, a, mode, max_num_batched_tokens=1024))
 
 
 def test_the_tiny_pair_under_pressure_writes_what_it_writes_for_each_request_alone(tiny_dirs) -> None:
     on_the_tiny_pair(tiny_dirs, "pearl", 24, (10, 400), blocks=130)
+
+
+@pytest.mark.parametrize("mode", ["pearl", "sd", "ar"])
+def test_rounds_on_a_device_have_the_same_texts_while_a_long_prompt_goes_at_its_pace(tiny_dirs, mode: Mode) -> None:
+    chance = random.Random(7)
+    lengths = [(0, 6)] * 4 + [(12, 700), (30, 300)]
+    arrivals = [
+        Arrival(
+            at, tuple(chance.choices(TINY.ids, k=length)), SamplingParams(temperature=1.0, seed=length, max_tokens=120)
+        )
+        for at, length in lengths
+    ]
+    serve = functools.partial(serve_tiny_pair, dirs=tiny_dirs, window=WINDOW)
+    batch = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 400}
+    outcome = serve(arrivals, mode=mode, on_device=True, most_ahead=3, max_model_len=1024, decode_share=0.75, **batch)
+    assert outcome.num_paced > 3
+    check_texts(arrivals, outcome, lambda a: alone(serve, a, mode, max_num_batched_tokens=1024))
 
 
 @pytest.mark.slow

@@ -131,6 +131,7 @@ CONFIG: Table = {
     "max_model_len": no_whole(2, None),
     "max_num_seqs": POSITIVE,
     "max_num_batched_tokens": no_whole(256, None),  # max_num_seqs is 256
+    "min_decode_share": st.one_of(no_number(0, 1), st.just(1.0), st.just(1)),
     "gpu_memory_utilization": no_number(0, 1, open_low=True),
     "block_size": no_whole(1, 256),
     "kv_cache_blocks": POSITIVE,
@@ -212,6 +213,7 @@ NUMERIC = {
     (PearlConfig, "target_tensor_parallel_size"): ("1", "1024"),
     (PearlConfig, "draft_tensor_parallel_size"): ("1", "1024"),
     (PearlConfig, "num_speculative_tokens"): ("1", "64"),
+    (PearlConfig, "min_decode_share"): ("0", "1"),
     (PearlConfig, "gpu_memory_utilization"): ("0", "1"),
     (PearlConfig, "block_size"): ("1", "256"),
     (PearlConfig, "seed"): (str(-(2**63)), str(2**64 - 1)),

@@ -237,6 +237,7 @@ REFUSED = [
     (["generate", "hi", "--num-speculative-tokens", "65"], ["--num-speculative-tokens 65", "'auto'", "1 to 64"]),
     (["generate", "hi", "--num-speculative-tokens", "few"], ["--num-speculative-tokens", "'few'"]),
     (["generate", "hi", "--gpu-memory-utilization", "1.5"], ["--gpu-memory-utilization 1.5", "(0, 1]"]),
+    (["generate", "hi", "--min-decode-share", "1"], ["--min-decode-share 1", "[0, 1)"]),
     (["generate", "hi", "--max-num-batched-tokens", "9"], ["--max-num-batched-tokens 9", "max_num_seqs"]),
     (["generate", "hi", "--cpus-per-shard", "-1"], ["--cpus-per-shard -1", "'auto'"]),
     (["generate", "hi", "--temperature", "-1"], ["--temperature -1", "[0, 100]"]),

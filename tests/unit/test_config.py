@@ -28,6 +28,8 @@ BAD_VALUES = [
     ("max_model_len", 1),
     ("max_num_seqs", 0),
     ("max_num_batched_tokens", 255),
+    ("min_decode_share", -0.1),
+    ("min_decode_share", 1),
     ("gpu_memory_utilization", 0.0),
     ("gpu_memory_utilization", 1.01),
     ("gpu_memory_utilization", float("nan")),
