@@ -96,8 +96,13 @@ def can_capture(group: Group, attention_backend: str, *, enforce_eager: bool) ->
 
 
 @torch.inference_mode()
-def capture(role: str, parts: DeviceParts, max_width: int) -> None:
-    """Compile the kernels and make the graphs that rounds will ask for. Collective; the cache must be unused yet."""
+def capture(role: str, parts: DeviceParts, max_width: int, max_tokens: int) -> None:
+    """Compile the kernels and make the graphs that rounds will ask for. Collective; the cache must be unused yet.
+
+    Args:
+        max_width: rows of a decoding sequence's pass.
+        max_tokens: of a pass; those with prompts among them come last, which have the most to compute by launch.
+    """
     runner = parts.runner
     is_cuda = runner.device.type == "cuda"  # else nothing is compiled
     if is_cuda:
@@ -114,20 +119,22 @@ def capture(role: str, parts: DeviceParts, max_width: int) -> None:
             parts.steps.warm_up()
         parts.steps.capture(size for size in SEQUENCE_BUCKETS if size <= padded(runner.max_seqs, SEQUENCE_BUCKETS))
         runner.capture(verification_shapes(runner, 2))  # a round's first pass: one row each, two after a bonus token
+    runner.capture(runner.wide_shapes(max_tokens))
     runner.graphs.log(role)
 
 
 def warm_up_rejection(parts: DeviceParts, max_width: int) -> None:
-    """Judge windows of every length once by the rejection rule, plain and filtered, to compile kernels. Collective."""
-    width = 1
-    while width < 2 * max_width and width <= parts.runner.max_rows:
-        logits_RV = parts.runner.logits_RV[:width].float()
-        for top_p in (1.0, 0.5):
-            row = Row(SamplingParams(temperature=1.0, top_p=top_p), 0, 0, 1)
-            ids = np.zeros((width - 1, MAX_PROPOSALS), np.int32)
-            segment = Segment((row,) * width, (0,) * (width - 1), True, ids, np.zeros(ids.shape, np.float32))
-            judge_segments(parts.sampler, logits_RV, [segment])
-        width *= 2
+    """Judge a window by the rejection rule once in float32, as rounds do that take the host, to compile kernels.
+
+    Without filters, with one, and with those that take a second search. Collective.
+    """
+    width = min(max(max_width, 2), parts.runner.max_rows)
+    logits_RV = parts.runner.logits_RV[:width].float()
+    for fields in ({}, {"top_p": 0.5}, {"top_p": 0.5, "top_k": 5}):
+        row = Row(SamplingParams(temperature=1.0, **fields), 0, 0, 1)
+        ids = np.zeros((width - 1, MAX_PROPOSALS), np.int32)
+        segment = Segment((row,) * width, (0,) * (width - 1), True, ids, np.zeros(ids.shape, np.float32))
+        judge_segments(parts.sampler, logits_RV, [segment])
     parts.runner.wait()
 
 

@@ -210,7 +210,7 @@ class ShardWorker:
         self.runner = self.parts.runner
         # Of a verification's rows: PEARL's pending tokens and the committed one, or SD's window and the bonus.
         widest = 1 if spec.mode == "ar" else self._max_window + (spec.mode == "sd")
-        device.capture(self.role, self.parts, widest)
+        device.capture(self.role, self.parts, widest, spec.max_num_batched_tokens)
 
     @torch.inference_mode()
     def profile(self, num_blocks: int) -> Profile:

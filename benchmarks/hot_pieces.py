@@ -114,7 +114,7 @@ def _built(
         block_size=BLOCK_SIZE,
         num_valid=models.num_valid[role],
         max_num_seqs=widest,
-        max_model_len=blocks * BLOCK_SIZE,
+        max_model_len=model.transformer.config.max_position_embeddings,  # as an engine's: passes are made for it
         max_window=32,
         use_graphs=can_capture(group, backend, enforce_eager=False),
     )

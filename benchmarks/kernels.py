@@ -17,10 +17,13 @@ import triton
 
 from pearl_ray.kernels.activation import silu_mul
 from pearl_ray.kernels.attention_triton import Plan, TritonAttention, TritonMetadata, make_plan
+from pearl_ray.kernels.begin_pass import PassInput
+from pearl_ray.kernels.begin_pass_kernel import begin_pass
 from pearl_ray.kernels.filters import find_cuts
 from pearl_ray.kernels.linear import TORCH, Scratch, candidates
 from pearl_ray.kernels.linear_choice import COLD_BYTES, milliseconds
 from pearl_ray.kernels.norm import rms_norm
+from pearl_ray.kernels.ops import TorchLayerOps
 from pearl_ray.kernels.proposal import propose
 from pearl_ray.kernels.race import Draws, judge, race
 from pearl_ray.kernels.rejection import verify
@@ -130,20 +133,28 @@ def bench_attention(copy: float, sweep: bool) -> None:
 def bench_linear(copy: float) -> None:
     """Each shape's ways at 1 to 64 rows: weight bytes over the time of map and norm over the copy bandwidth."""
     print("linear [out, in] x rows, with the norm before it, as a model runs it: cuBLAS; the best kernels")
-    for outputs, inputs in ((51200, 5120), (10240, 5120), (5120, 8192), (5120, 25600), (6144, 1024), (1024, 3072)):
+    print("gate+up: with SiLU·mul behind it, or inside the kernel")
+    shapes = [(51200, 5120, True), (6144, 1024, True), (51200, 5120, False), (10240, 5120, False), (5120, 8192, False)]
+    shapes += [(5120, 25600, False), (6144, 1024, False), (1024, 3072, False)]
+    for outputs, inputs, is_gate_up in shapes:
         count = max(4, min(16, COLD_BYTES // (2 * outputs * inputs)))
         scratch = Scratch(DEVICE)
         weights = [torch.randn((outputs, inputs), dtype=DTYPE, device=DEVICE) for _ in range(count)]
         for rows in (1, 4, 8, 32, 64):
-            ways = candidates(rows, outputs, inputs)
-            times = {choice: 1000 * milliseconds(weights, rows, choice, scratch) for choice in ways}
+            ways = candidates(rows, outputs, inputs, is_gate_up=is_gate_up)
+            times = {way: 1000 * milliseconds(weights, rows, way, scratch, is_gate_up=is_gate_up) for way in ways}
             library = times.pop(TORCH)
             shares = [f"{library:.1f} us {weights[0].nbytes / library / copy:.3f}"]
-            for choice in sorted(times, key=times.__getitem__)[:2]:
+            fastest = sorted(times, key=times.__getitem__)
+            best = fastest[:2]
+            if is_gate_up:
+                best = [next(way for way in fastest if way.has_silu == has_silu) for has_silu in (False, True)]
+            for choice in best:
                 sizes = (choice.block_n, choice.block_k, choice.warps, choice.stages, choice.splits)
-                shown = f"{choice.kind} {' '.join(map(str, sizes))}"
+                shown = f"{choice.kind}{' with SiLU' if choice.has_silu else ''} {' '.join(map(str, sizes))}"
                 shares.append(f"{times[choice]:.1f} us {weights[0].nbytes / times[choice] / copy:.3f} {shown}")
-            print(f"  [{outputs}, {inputs}] x {rows}: {'; '.join(shares)}", flush=True)
+            name = "gate+up " if is_gate_up else ""
+            print(f"  {name}[{outputs}, {inputs}] x {rows}: {'; '.join(shares)}", flush=True)
 
 
 def draws_of(rows: int, temperature: float) -> Draws:
@@ -192,8 +203,15 @@ def bench_rules() -> None:
         print(f"  {rows} rows of {seqs}: filters {filters:.1f}, proposal {proposal:.1f}, verdict {verdict:.1f}")
 
 
+def beginning(rows: int) -> PassInput:
+    """So many sequences of one row, each with 900 tokens, in tables that reach to 32k."""
+    ints = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE)
+    tables = torch.zeros((2 * rows + 1, 2080), dtype=torch.int32, device=DEVICE)
+    return PassInput(ints[:rows], ints[:rows], ints, torch.full_like(ints[:rows], 900), tables, ints[1:], 16)
+
+
 def bench_small() -> None:
-    """The small kernels of a layer at one and 32 rows."""
+    """The small kernels of a layer, and a pass's beginning in one launch and in torch, at one and 32 rows."""
     print("small kernels, 5120 wide, 64 + 2 x 8 heads of 128: us at 1 and 32 rows")
     for rows in (1, 32):
         x = torch.randn((rows, 5120), dtype=DTYPE, device=DEVICE)
@@ -202,7 +220,12 @@ def bench_small() -> None:
         qkv = torch.randn((rows, 80 * 128), dtype=DTYPE, device=DEVICE)
         cache = torch.zeros((2, 64, 16, 8, 128), dtype=DTYPE, device=DEVICE)
         slots, cos = torch.arange(rows, device=DEVICE), torch.randn((rows, 1, 128), dtype=DTYPE, device=DEVICE)
+        embedding = torch.randn((151_936, 5120), dtype=DTYPE, device=DEVICE)
+        given = beginning(rows)
+        library = TorchLayerOps()
         calls = {
+            "beginning": lambda g=given, e=embedding, w=weight: begin_pass(g, e, w, 1e-6),
+            "beginning in torch": lambda g=given, e=embedding, w=weight, ops=library: ops.begin_pass(g, e, w, 1e-6),
             "norm": lambda x=x, w=weight, r=residual: rms_norm(x, w, 1e-6, r),
             "silu": lambda joint=joint: silu_mul(joint),
             "rotary": lambda qkv=qkv, cos=cos, cache=cache, slots=slots: turn_and_store(

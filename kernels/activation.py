@@ -10,6 +10,12 @@ from pearl_ray.kernels.overlap import OVERLAPPED, follow
 
 
 @triton.jit
+def silu_times(gate, up):
+    """``silu(gate) * up`` in float32."""
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def _silu_mul(gate_up, out, stride, width, BLOCK: tl.constexpr):
     follow()
     row = tl.program_id(0).to(tl.int64)
@@ -17,8 +23,7 @@ def _silu_mul(gate_up, out, stride, width, BLOCK: tl.constexpr):
     inside = column < width
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + column, mask=inside, other=0.0).to(tl.float32)
-    product = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * width + column, product.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + column, silu_times(gate, up).to(out.dtype.element_ty), mask=inside)
 
 
 def silu_mul(gate_up_TI: torch.Tensor) -> torch.Tensor:

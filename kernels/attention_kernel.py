@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pearl_ray.kernels.attention_join import extent, store_joined
+from pearl_ray.kernels.attention_join import extent, part_rows, place, store_joined
 from pearl_ray.kernels.overlap import follow
 
 
@@ -91,7 +91,7 @@ def _step(
 
 
 # They vary with the batch and the plan: no compilation for each.
-@triton.jit(do_not_specialize=["num_kv", "min_blocks", "alone_blocks", "table_stride"])
+@triton.jit(do_not_specialize=["num_kv", "num_seqs", "min_blocks", "alone_blocks", "table_stride"])
 def attend(
     q,
     k_cache,
@@ -108,6 +108,7 @@ def attend(
     counters,
     scale,
     num_kv,
+    num_seqs,
     min_blocks,
     alone_blocks,
     q_stride_t,
@@ -129,16 +130,24 @@ def attend(
     ONE_LOOP: tl.constexpr,
     LATE_SUM: tl.constexpr,
     STAGES: tl.constexpr,
+    ARE_TILES: tl.constexpr,
 ):
-    """Grid (tiles of a sequence x KV heads, sequences, splits): those that end at once, for short sequences, last."""
+    """Grid (KV heads, units, splits): those that end at once, for short sequences, last.
+
+    Units are sequences, or (ARE_TILES) tiles of sequences, as ``place`` counts them.
+    """
     TOKENS: tl.constexpr = ROWS // GROUP
-    tile, kv_head = tl.program_id(0) // num_kv, tl.program_id(0) % num_kv
-    seq, split = tl.program_id(1), tl.program_id(2)
+    kv_head, unit, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_splits = tl.num_programs(2)
     keys, values = k_cache + kv_head.to(tl.int64) * stride_head, v_cache + kv_head.to(tl.int64) * stride_head
-    table = tables + seq.to(tl.int64) * table_stride
     first_head, head_end = tl.load(head_start + kv_head), tl.load(head_start + kv_head + 1)  # nobody's output
     follow()  # before the first return: who comes next waits for this kernel alone
+    seq, tile = unit, 0
+    if ARE_TILES:
+        seq, tile = place(query_start, num_seqs, unit, TOKENS)
+        if seq >= num_seqs:
+            return
+    table = tables + seq.to(tl.int64) * table_stride
     begin, length, old, tile_end, per_split, used = extent(
         query_start, context_lens, seq, tile, num_splits, min_blocks, alone_blocks, TOKENS, BLOCK, HAS_MASKS
     )
@@ -195,17 +204,21 @@ def attend(
     if used == 1:
         tl.store(out_at, acc.to(out.dtype.element_ty), mask=wanted)
     else:
-        unit = seq * tl.num_programs(0) + tl.program_id(0)
-        at_row = (unit * num_splits + split) * ROWS + row
-        tl.store(partial + at_row.to(tl.int64)[:, None] * DIM + dim[None, :], acc)
-        tl.store(partial_top + at_row, top + tl.log2(total))  # log2(0) is -inf: a part that the row sees nothing of
+        before = tl.load(query_start).to(tl.int32)
+        here = begin - before + tl.minimum(token, length - 1)
+        at_row = part_rows(here, row % GROUP, num_kv, kv_head, num_splits, GROUP) + split
+        tl.store(partial + at_row[:, None] * DIM + dim[None, :], acc, mask=exists[:, None])
+        # log2(0) is -inf: a part that the row sees nothing of
+        tl.store(partial_top + at_row, top + tl.log2(total), mask=exists)
         if JOIN_LAST:
             tl.debug_barrier()  # all threads' stores come before the one that publishes them
-            if tl.atomic_add(counters + unit, 1, sem="acq_rel") == used - 1:
+            own = unit * num_kv + kv_head
+            if tl.atomic_add(counters + own, 1, sem="acq_rel") == used - 1:
                 for piece in range(ROWS // 16):  # four parts of a piece at a time fit the registers
                     some = piece * 16 + tl.arange(0, 16)
                     store_joined(
-                        out, partial, partial_top, unit, num_splits, used, some, tile * TOKENS + some // GROUP, length,
-                        begin, first_head, head_end, out_stride_t, out_stride_h, HEAD_DIM, DIM, GROUP, ROWS,
+                        out, partial, partial_top, num_splits, used, some, tile * TOKENS + some // GROUP, length,
+                        begin, before, num_kv, kv_head, first_head, head_end, out_stride_t, out_stride_h,
+                        HEAD_DIM, DIM, GROUP, ROWS,
                     )  # fmt: skip
-                tl.store(counters + unit, 0)
+                tl.store(counters + own, 0)

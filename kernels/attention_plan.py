@@ -15,6 +15,7 @@ import triton
 MIN_SPLIT_KEYS = 256  # a part of the keys is at least this long
 ALONE_KEYS = 512  # so many keys are one part: joining parts takes as long as reading a few hundred more
 MAX_TILE = 128 * 128  # rows x width of a tile of query rows
+SCRATCH_TILES = 4  # per multiprocessor: partial results that a launch may leave
 FIXED_SPLIT_KEYS = 512  # a part of the keys of a fixed plan: one begins at every multiple
 FIXED_ROWS = 32  # of a tile of a fixed plan
 
@@ -54,6 +55,7 @@ class Plan:
     """The launch: rows of a tile, keys of a block, tiles per sequence, most parts of the keys, warps, pipeline stages.
 
     Attributes:
+        tiles: of the longest sequence, at most.
         min_keys: a part of the keys is at least this long,
         alone_keys: and keys up to so many are one part, for joining parts takes as long as reading some hundred keys.
         has_one_loop: every block is masked, and loaded ahead of its turn; else the last ones alone, on their turn.
@@ -73,20 +75,43 @@ class Plan:
     is_fixed: bool = False
 
 
+def num_units(metadata: TritonMetadata, plan_rows: int, tiles: int) -> int:
+    """Sequences, or tiles of sequences, that a launch has programs for: as many as there can be in the pass."""
+    num_seqs = len(metadata.context_lens_S)
+    if tiles == 1:
+        return num_seqs
+    return min(num_seqs * tiles, num_seqs + len(metadata.slots_T) // (plan_rows // metadata.group_size))
+
+
+def scratch_rows(num_sms: int, dim: int) -> int:
+    """Rows of width ``dim`` that the scratch memory of partial results holds."""
+    return SCRATCH_TILES * num_sms * MAX_TILE // dim
+
+
 def make_plan(metadata: TritonMetadata, num_kv: int, head_dim: int, num_sms: int) -> Plan:
-    """As few tiles as hold the query rows, and enough parts to give every multiprocessor two programs."""
+    """As few tiles as hold the query rows, and enough parts to give every multiprocessor work.
+
+    For sequences of one tile two programs each. With several tiles the rows of the pass say how many programs have much
+    to do, a chunk of a prompt most likely, and each multiprocessor gets one of those.
+    """
     dim = triton.next_power_of_2(head_dim)
     most = min(128, MAX_TILE // dim)
     least = max(16, triton.next_power_of_2(metadata.group_size))
     rows = max(least, min(most, triton.next_power_of_2(metadata.max_query_len * metadata.group_size)))
     tiles = triton.cdiv(metadata.max_query_len, rows // metadata.group_size)
     block = 32 if dim == 256 else 64 if dim == 128 else 128  # 32 KiB of keys and values
-    programs = tiles * num_kv * len(metadata.context_lens_S)
-    if rows == 16 and dim == 128 and programs <= num_sms:
-        return _plan_for_few(metadata, rows, tiles, programs, num_sms)
-    # A few parts that are long leave less to join; where a launch has many programs anyway, two run at a time.
-    per_sm = 1 if programs * 8 <= num_sms else 2
-    splits = _num_splits(metadata, per_sm * num_sms // programs, MIN_SPLIT_KEYS)
+    units = num_units(metadata, rows, tiles)
+    if rows == 16 and dim == 128 and units * num_kv <= num_sms:
+        return _plan_for_few(metadata, rows, tiles, units * num_kv, num_sms)
+    if tiles == 1:
+        # A few parts that are long leave less to join; where a launch has many programs anyway, two run at a time.
+        per_sm = 1 if units * num_kv * 8 <= num_sms else 2
+        most_splits = per_sm * num_sms // (units * num_kv)
+    else:
+        busy = max(len(metadata.slots_T) // (rows // metadata.group_size), 1) * num_kv
+        heads = len(metadata.slots_T) * num_kv * metadata.group_size
+        most_splits = min(num_sms // busy, scratch_rows(num_sms, dim) // heads)
+    splits = _num_splits(metadata, most_splits, MIN_SPLIT_KEYS)
     # As many blocks on their way as leave room for two programs: three, or two beside a large tile of queries.
     stages = 4 if rows * dim <= 32 * 128 else 3
     # A small tile's time goes into finding its keys' addresses and the like: more warps have fewer of them each.

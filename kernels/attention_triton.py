@@ -19,11 +19,13 @@ from pearl_ray.kernels.attention_kernel import attend
 from pearl_ray.kernels.attention_plan import (
     FIXED_ROWS,
     MAX_TILE,
+    SCRATCH_TILES,
     Plan,
     TritonMetadata,
     cut_up,
     make_fixed_plan,
     make_plan,
+    num_units,
     slices,
 )
 from pearl_ray.kernels.kv_store import store_kv
@@ -179,18 +181,20 @@ class TritonAttention:
     ) -> None:
         num_kv, head_dim = k_cache.shape[2], q_THD.shape[2]
         num_seqs, dim = len(metadata.context_lens_S), triton.next_power_of_2(head_dim)
+        units = num_units(metadata, plan.rows, plan.tiles)
         partial, partial_top, counters = scratch
         assert plan.rows <= 128 and plan.rows * dim <= MAX_TILE
         is_joined_last = not plan.is_fixed and plan.splits * plan.rows * dim * 4 <= JOIN_LAST_BYTES
-        parts = num_seqs * plan.tiles * num_kv * plan.splits
-        assert plan.splits == 1 or parts * plan.rows <= min(len(partial) // dim, len(partial_top))
-        assert plan.splits == 1 or not is_joined_last or parts <= len(counters)
+        most_tokens = min(len(q_THD), num_seqs * metadata.max_query_len)
+        parts = most_tokens * num_kv * metadata.group_size * plan.splits
+        assert plan.splits == 1 or parts <= min(len(partial) // dim, len(partial_top))
+        assert plan.splits == 1 or not is_joined_last or units * num_kv <= len(counters)
         has_masks = metadata.masks_T is not None
         shape = {"HEAD_DIM": head_dim, "DIM": dim, "GROUP": metadata.group_size, "ROWS": plan.rows, "BLOCK": plan.block}
-        shape |= {"HAS_MASKS": has_masks}
+        shape |= {"HAS_MASKS": has_masks, "ARE_TILES": plan.tiles > 1}
         least = max(1, plan.min_keys // plan.block)
         alone = triton.cdiv(plan.alone_keys, plan.block)
-        attend[(plan.tiles * num_kv, num_seqs, plan.splits)](
+        attend[(num_kv, units, plan.splits)](
             q_THD,
             k_cache,
             v_cache,
@@ -206,6 +210,7 @@ class TritonAttention:
             counters,
             head_dim**-0.5 * 1.4426950408889634,
             num_kv,
+            num_seqs,
             least,
             alone,
             q_THD.stride(0),
@@ -228,13 +233,14 @@ class TritonAttention:
         )
         if plan.splits > 1 and not is_joined_last:
             some = 4
-            join[(plan.tiles * (plan.rows // some), num_kv, num_seqs)](
+            join[(plan.rows // some, num_kv, units)](
                 out_THD,
                 metadata.query_start_S1,
                 metadata.context_lens_S,
                 metadata.head_start_G1,
                 partial,
                 partial_top,
+                num_seqs,
                 plan.splits,
                 num_kv,
                 least,
@@ -255,13 +261,13 @@ class TritonAttention:
         don't fit, and the old is kept for the graphs that use it.
         """
         if device not in self._scratch or len(self._scratch[device][0]) < least:
-            programs = (8 if self._deterministic else 2) * num_multiprocessors(device)
+            programs = (8 if self._deterministic else SCRATCH_TILES) * num_multiprocessors(device)
             programs = max(programs, triton.cdiv(least, MAX_TILE))
             self._retired.extend(self._scratch.pop(device, ()))
             self._scratch[device] = (
                 torch.empty((programs * MAX_TILE,), dtype=torch.float32, device=device),
                 torch.empty((programs * MAX_TILE // HEAD_DIMS[0],), dtype=torch.float32, device=device),
-                torch.zeros((programs,), dtype=torch.int32, device=device),
+                torch.zeros((programs * MAX_TILE // HEAD_DIMS[0] // 16,), dtype=torch.int32, device=device),
             )
         return self._scratch[device]
 

@@ -4,9 +4,10 @@
 units with rows filled up to 16, 32 or 64 and weights streamed through shared memory; where a map has few outputs, its
 inputs are cut into parts, which the program that ends last adds up in their own order, so that a result doesn't depend
 on the order in which programs end. ``fixed_linear`` takes any number of rows through one tile shape, so that a row's
-bits depend on nothing but the row. Knows shapes; knows no layers.
+bits depend on nothing but the row. ``gate_up_silu`` is a map to gates and ups with SiLU·mul behind it, in the same
+kernel or in the next. Knows shapes; knows no layers.
 
-Shapes: M rows, N outputs, K inputs; weights ``[N, K]``.
+Shapes: M rows, N outputs, K inputs; weights ``[N, K]``. I outputs of a gate, and as many of the up projection behind.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 
-from pearl_ray.kernels.overlap import OVERLAPPED, follow
+from pearl_ray.kernels.activation import silu_mul
+from pearl_ray.kernels.linear_kernel import dots, products
+from pearl_ray.kernels.overlap import OVERLAPPED
 
 MAX_ROWS = 64
 _FEWEST_ROWS = 16  # of a tile of the matrix units; all rows of a tile of ``fixed_linear``
@@ -30,7 +32,10 @@ _SHARED_BYTES = 227 << 10  # of a program, at most (sm_90)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One way to compute a linear map; the blocks are outputs and inputs of one step of a program, splits of inputs."""
+    """One way to compute a linear map; the blocks are outputs and inputs of one step of a program, splits of inputs.
+
+    ``has_silu``: of gates and ups, and ``silu(gate) * up`` is what comes out; half of a block's outputs are gates then.
+    """
 
     kind: Literal["torch", "products", "dots"]
     block_n: int = 0
@@ -38,6 +43,7 @@ class Choice:
     warps: int = 4
     stages: int = 1
     splits: int = 1
+    has_silu: bool = False
 
 
 TORCH = Choice("torch")
@@ -64,119 +70,6 @@ _MOST_PROGRAMS = 330  # of a split map: about two and a half for each of an H100
 _FEWEST_STEPS = 3  # of a part
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _products(
-    x,
-    weight,
-    bias,
-    out,
-    num_rows,
-    num_out,
-    num_in,
-    x_stride,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
-    here = (n < num_out)[:, None] & (k >= 0)[None, :]
-    row_of = weight + n.to(tl.int64)[:, None] * num_in
-    # The first block of weights, which nobody computes, comes while the kernel before this one ends. Asking for more of
-    # them then, up to 32 KiB a program, made this kernel slower (docs/performance.md).
-    ahead = tl.load(row_of + k[None, :], mask=here & (k < num_in)[None, :], other=0.0)
-    follow()
-    shape: tl.constexpr = (BLOCK_N, BLOCK_K) if ROWS == 1 else (ROWS, BLOCK_N, BLOCK_K)
-    acc = tl.zeros(shape, tl.float32)
-    for start in range(0, num_in, BLOCK_K):
-        column = start + k
-        w = ahead
-        behind = column + BLOCK_K
-        ahead = tl.load(row_of + behind[None, :], mask=here & (behind < num_in)[None, :], other=0.0)
-        if ROWS == 1:
-            part = tl.load(x + column, mask=column < num_in, other=0.0).to(tl.float32)
-            acc += w.to(tl.float32) * part[None, :]
-        else:
-            inside = (m < num_rows)[:, None] & (column < num_in)[None, :]
-            part = tl.load(x + m[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            acc += w.to(tl.float32)[None, :, :] * part[:, None, :]
-    if ROWS == 1:
-        y = tl.sum(acc, 1)
-        if HAS_BIAS:
-            y += tl.load(bias + n, mask=n < num_out, other=0.0).to(tl.float32)
-        tl.store(out + n, y.to(out.dtype.element_ty), mask=n < num_out)
-    else:
-        y = tl.sum(acc, 2)
-        if HAS_BIAS:
-            y += tl.load(bias + n, mask=n < num_out, other=0.0).to(tl.float32)[None, :]
-        inside = (m < num_rows)[:, None] & (n < num_out)[None, :]
-        tl.store(out + m[:, None] * num_out + n[None, :], y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_rows"])  # one program for any number of rows
-def _dots(
-    x,
-    weight,
-    bias,
-    out,
-    partial,
-    counters,
-    num_rows,
-    num_out,
-    num_in,
-    x_stride,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    STAGES: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
-):
-    """Grid (tiles of ROWS rows, tiles of outputs, parts of the inputs): neighbours share weights."""
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
-    clamped = tl.minimum(n, num_out - 1)  # outputs beyond the last are computed and not stored
-    w_at = weight + clamped.to(tl.int64)[:, None] * num_in + k[None, :]
-    x_at = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
-    follow()
-    acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    begin, end = 0, num_in
-    if IS_SPLIT:
-        each = tl.cdiv(tl.cdiv(num_in, BLOCK_K), tl.num_programs(2)) * BLOCK_K
-        begin = tl.program_id(2) * each
-        end = tl.minimum(begin + each, num_in)
-    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        if EVEN:
-            w = tl.load(w_at + start)
-            part = tl.load(x_at + start)
-        else:
-            inside = (start + k < num_in)[None, :]
-            w = tl.load(w_at + start, mask=inside, other=0.0)
-            part = tl.load(x_at + start, mask=inside, other=0.0)
-        acc = tl.dot(part, tl.trans(w), acc)
-    inside = (m < num_rows)[:, None] & (n < num_out)[None, :]
-    to = out + m.to(tl.int64)[:, None] * num_out + n[None, :]
-    is_last = True
-    if IS_SPLIT:
-        num_splits = tl.num_programs(2)
-        own = tl.arange(0, ROWS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        at = partial + tl.program_id(1) * num_splits * (ROWS * BLOCK_N) + own
-        tl.store(at + tl.program_id(2) * (ROWS * BLOCK_N), acc)
-        tl.debug_barrier()  # all threads' stores come before the one that publishes them
-        is_last = tl.atomic_add(counters + tl.program_id(1), 1, sem="acq_rel") == num_splits - 1
-        if is_last:
-            acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
-            for part in range(num_splits):  # in this order, whoever came last; past L1, for others wrote them
-                acc += tl.load(at + part * (ROWS * BLOCK_N), cache_modifier=".cg")
-            tl.store(counters + tl.program_id(1), 0)
-    if is_last:
-        if HAS_BIAS:
-            acc += tl.load(bias + clamped).to(tl.float32)[None, :]
-        tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
-
-
 class Scratch:
     """Where the parts of split maps meet. For one stream: maps share it.
 
@@ -190,17 +83,22 @@ class Scratch:
         self.counters = torch.zeros(_MOST_PROGRAMS, dtype=torch.int32, device=device)
 
 
-def candidates(num_rows: int, num_out: int = 0, num_in: int = 0) -> tuple[Choice, ...]:
-    """The ways worth measuring for so many rows; split ones too where the map's sizes are given and few."""
+def candidates(num_rows: int, num_out: int = 0, num_in: int = 0, *, is_gate_up: bool = False) -> tuple[Choice, ...]:
+    """The ways worth measuring for so many rows; split ones too where the map's sizes are given and few.
+
+    ``is_gate_up``: SiLU·mul follows; each kernel that isn't split and takes more than one output also with it inside.
+    """
     if num_rows > MAX_ROWS:
         return (TORCH,)
     rows = _tile_rows(num_rows)
-    dots = [c for c in DOTS if (rows + c.block_n) * c.block_k * 2 * c.stages <= _SHARED_BYTES]
-    for choice in [c for c in dots if c in _SPLIT_DOTS]:
+    tiled = [c for c in DOTS if (rows + c.block_n) * c.block_k * 2 * c.stages <= _SHARED_BYTES]
+    for choice in [c for c in tiled if c in _SPLIT_DOTS]:
         tiles, steps = triton.cdiv(num_out, choice.block_n), num_in // choice.block_k
         fitting = (s for s in _SPLITS if tiles * s <= _MOST_PROGRAMS and steps >= s * _FEWEST_STEPS)
-        dots += [replace(choice, splits=splits) for splits in fitting]
-    return (TORCH, *(PRODUCTS if num_rows <= _MAX_ROWS_OF_PRODUCTS else ()), *dots)
+        tiled += [replace(choice, splits=splits) for splits in fitting]
+    ways = (*(PRODUCTS if num_rows <= _MAX_ROWS_OF_PRODUCTS else ()), *tiled)
+    fused = [replace(c, has_silu=True) for c in ways if is_gate_up and c.splits == 1 and c.block_n > 1]
+    return (TORCH, *ways, *fused)
 
 
 def _tile_rows(num_rows: int) -> int:
@@ -216,6 +114,8 @@ def linear(
 ) -> torch.Tensor:
     """``x @ weight.T + bias``, ``[M, N]``, summed in float32 and rounded once (cuBLAS: as it does).
 
+    A choice with SiLU: of its gates and ups, ``[M, I]``, rounded once.
+
     ``scratch``: on the same device; needed for a choice with splits.
     """
     if choice.kind == "torch":
@@ -227,7 +127,19 @@ def linear(
         assert choice.splits == 1 or (scratch is not None and tiles * choice.splits <= _MOST_PROGRAMS)
         grid = (1, tiles, choice.splits)
         return _launch_dots(grid, x_MK, weight_NK, bias_N, choice, _tile_rows(num_rows), scratch)
-    return _launch(_products, (tiles,), x_MK, weight_NK, bias_N, choice, {"ROWS": triton.next_power_of_2(num_rows)})
+    return _launch(products, (tiles,), x_MK, weight_NK, bias_N, choice, {"ROWS": triton.next_power_of_2(num_rows)})
+
+
+def gate_up_silu(
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    choice: Choice,
+    scratch: Scratch | None = None,
+) -> torch.Tensor:
+    """``silu(gate) * up`` ``[M, I]`` of a :func:`linear` map to gates and ups, by one kernel or by two."""
+    y = linear(x_MK, weight_NK, bias_N, choice, scratch)
+    return y if choice.has_silu else silu_mul(y)
 
 
 def fixed_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
@@ -252,7 +164,7 @@ def _launch_dots(
     }
     sizes |= {"IS_SPLIT": choice.splits > 1}
     partial, counters = (scratch.partial, scratch.counters) if scratch is not None else (x_MK, x_MK)
-    return _launch(_dots, grid, x_MK, weight_NK, bias_N, choice, sizes | {"partial": partial, "counters": counters})
+    return _launch(dots, grid, x_MK, weight_NK, bias_N, choice, sizes | {"partial": partial, "counters": counters})
 
 
 def _launch(
@@ -267,7 +179,8 @@ def _launch(
     num_rows, num_in = x_MK.shape
     num_out = weight_NK.shape[0]
     assert weight_NK.is_contiguous() and x_MK.stride(1) == 1
-    out = torch.empty((num_rows, num_out), dtype=x_MK.dtype, device=x_MK.device)
+    assert not choice.has_silu or (num_out % 2 == 0 and choice.block_n > 1 and choice.splits == 1)
+    out = torch.empty((num_rows, num_out // 2 if choice.has_silu else num_out), dtype=x_MK.dtype, device=x_MK.device)
     kernel[grid](
         x_MK,
         weight_NK,
@@ -281,6 +194,7 @@ def _launch(
         BLOCK_N=choice.block_n,
         BLOCK_K=choice.block_k,
         HAS_BIAS=bias_N is not None,
+        SILU=choice.has_silu,
         num_warps=choice.warps,
         **OVERLAPPED,
     )

@@ -14,6 +14,13 @@ from pearl_ray.kernels.overlap import OVERLAPPED, follow
 
 
 @triton.jit
+def normed(wide, gain, eps, WIDTH: tl.constexpr, KIND: tl.constexpr):
+    """``norm(wide) * gain`` of a row in float32, zeros behind its WIDTH columns; rounded to KIND before the gain."""
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
+    return (wide * scale).to(KIND) * gain
+
+
+@triton.jit
 def _rms_norm(
     x, residual, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr
 ):
@@ -28,9 +35,13 @@ def _rms_norm(
         total = (wide + tl.load(kept, mask=inside, other=0.0).to(tl.float32)).to(residual.dtype.element_ty)
         tl.store(kept, total, mask=inside)
         wide = total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
-    normed = (wide * scale).to(out.dtype.element_ty)
-    tl.store(out + row * WIDTH + column, normed * gain, mask=inside)
+    tl.store(out + row * WIDTH + column, normed(wide, gain, eps, WIDTH, out.dtype.element_ty), mask=inside)
+
+
+def norm_sizes(width: int) -> tuple[int, int]:
+    """Columns and warps of a program that takes a row: the bits of the sum depend on them."""
+    block = triton.next_power_of_2(width)
+    return block, min(16, max(1, block // 512))
 
 
 def rms_norm(
@@ -40,7 +51,7 @@ def rms_norm(
     assert x_TD.stride(1) == 1 and (residual_TD is None or residual_TD.is_contiguous())
     out = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     rows, width = x_TD.shape
-    block = triton.next_power_of_2(width)
+    block, warps = norm_sizes(width)
     has_residual = residual_TD is not None
     _rms_norm[(rows,)](
         x_TD,
@@ -52,7 +63,7 @@ def rms_norm(
         WIDTH=width,
         BLOCK=block,
         HAS_RESIDUAL=has_residual,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=warps,
         **OVERLAPPED,
     )
     return out

@@ -3,7 +3,8 @@
 Knows rows, weights and slots; knows no layers, no batches. The Triton ones (``ops_triton``) are imported only when
 chosen.
 
-Shapes: T rows of a pass, H query heads, G KV heads, W head width, N outputs and K inputs of a linear map.
+Shapes: T rows of a pass, D model width, V ids, H query heads, G KV heads, W head width, N outputs and K inputs of a
+linear map, I outputs of a gate.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+
+from pearl_ray.kernels.begin_pass import Begun, PassInput, begin_pass_reference
 
 _PACK_FOR_ROWS = 8  # the batch size oneDNN lays the weights out for; measured flat from 4 to 16
 _FIXED_ROWS = 8  # rows of every linear map of the deterministic torch operations
@@ -36,8 +39,16 @@ class LayerOps(Protocol):
     def lay_out(self, weight_NK: torch.Tensor) -> torch.Tensor:
         """The weight as :meth:`linear` wants it: itself, or a copy in another layout."""
 
-    def settle(self, weights: Iterable[torch.Tensor], num_rows: int) -> None:
-        """Finds the fastest way of the linear maps of up to so many rows; before a CUDA graph is captured."""
+    def settle(self, weights: Iterable[torch.Tensor], num_rows: int, gate_ups: Iterable[torch.Tensor] = ()) -> None:
+        """Finds the fastest way of the linear maps of up to so many rows; before a CUDA graph is captured.
+
+        ``gate_ups``: the weights for :meth:`gate_up_silu`; ``weights``: those for :meth:`linear`.
+        """
+
+    def begin_pass(
+        self, given: PassInput, embedding_VD: torch.Tensor | None, norm_weight_D: torch.Tensor, eps: float
+    ) -> Begun:
+        """What the layers of a pass of fixed shape begin with; without an embedding no rows, no norm. Never waits."""
 
     def linear(self, x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """``x @ weight.T + bias``, ``[T, N]``, of a weight that :meth:`lay_out` returned."""
@@ -50,8 +61,10 @@ class LayerOps(Protocol):
         Computed in float32, for float64 in float64; the weight multiplies after the cast back, as Hugging Face does.
         """
 
-    def silu_mul(self, gate_up_TI: torch.Tensor) -> torch.Tensor:
-        """``silu(gate) * up`` ``[T, I]`` of ``[T, 2 I]``, gate first."""
+    def gate_up_silu(
+        self, x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``silu(gate) * up`` ``[T, I]`` of a :meth:`linear` map to gates and, behind them, ups: N is 2 I."""
 
     def written(self, slots_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``(slots, rows)`` for :meth:`turn_and_store`, made once for all layers of a pass."""
@@ -103,8 +116,17 @@ class TorchLayerOps:
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK, _PACK_FOR_ROWS)
         return packed
 
-    def settle(self, weights: Iterable[torch.Tensor], num_rows: int) -> None:
+    def settle(self, weights: Iterable[torch.Tensor], num_rows: int, gate_ups: Iterable[torch.Tensor] = ()) -> None:
         """See ``LayerOps``: nothing to choose from."""
+
+    def begin_pass(
+        self, given: PassInput, embedding_VD: torch.Tensor | None, norm_weight_D: torch.Tensor, eps: float
+    ) -> Begun:
+        """See ``LayerOps``."""
+        begun = begin_pass_reference(given, embedding_VD)
+        if begun.embedded_TD is None:
+            return begun
+        return begun._replace(x_TD=self.rms_norm(begun.embedded_TD, norm_weight_D, eps))
 
     def linear(self, x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """See ``LayerOps``. Deterministic: always so many rows at once, the last ones filled up."""
@@ -128,9 +150,11 @@ class TorchLayerOps:
         scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         return (wide * scale).to(x.dtype).mul_(weight)
 
-    def silu_mul(self, gate_up_TI: torch.Tensor) -> torch.Tensor:
+    def gate_up_silu(
+        self, x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See ``LayerOps``."""
-        gate_TI, up_TI = gate_up_TI.chunk(2, dim=-1)
+        gate_TI, up_TI = self.linear(x_TK, weight_NK, bias_N).chunk(2, dim=-1)
         return F.silu(gate_TI).mul_(up_TI)
 
     def written(self, slots_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

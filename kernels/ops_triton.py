@@ -10,7 +10,9 @@ from collections.abc import Iterable
 import torch
 
 from pearl_ray.kernels.activation import silu_mul
-from pearl_ray.kernels.linear import fixed_linear, linear
+from pearl_ray.kernels.begin_pass import Begun, PassInput
+from pearl_ray.kernels.begin_pass_kernel import begin_pass
+from pearl_ray.kernels.linear import fixed_linear, gate_up_silu, linear
 from pearl_ray.kernels.linear_choice import LinearChoices
 from pearl_ray.kernels.norm import rms_norm
 from pearl_ray.kernels.rotary import turn_and_store
@@ -34,10 +36,16 @@ class TritonLayerOps:
         """See ``LayerOps``."""
         return weight_NK
 
-    def settle(self, weights: Iterable[torch.Tensor], num_rows: int) -> None:
+    def settle(self, weights: Iterable[torch.Tensor], num_rows: int, gate_ups: Iterable[torch.Tensor] = ()) -> None:
         """See ``LayerOps``. Compiles and measures each new shape: seconds; what isn't settled goes to cuBLAS."""
         if not self.deterministic:
-            self.choices.settle(list(weights), num_rows)
+            self.choices.settle(list(weights), num_rows, list(gate_ups))
+
+    def begin_pass(
+        self, given: PassInput, embedding_VD: torch.Tensor | None, norm_weight_D: torch.Tensor, eps: float
+    ) -> Begun:
+        """See ``LayerOps``: one launch."""
+        return begin_pass(given, embedding_VD, norm_weight_D, eps)
 
     def linear(self, x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """See ``LayerOps``. Never measures."""
@@ -52,9 +60,14 @@ class TritonLayerOps:
         """See ``LayerOps``; two dimensions."""
         return rms_norm(x, weight, eps, residual)
 
-    def silu_mul(self, gate_up_TI: torch.Tensor) -> torch.Tensor:
-        """See ``LayerOps``."""
-        return silu_mul(gate_up_TI)
+    def gate_up_silu(
+        self, x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See ``LayerOps``. Never measures."""
+        if self.deterministic:
+            return silu_mul(fixed_linear(x_TK, weight_NK, bias_N))
+        choice = self.choices.settled(weight_NK, x_TK.shape[0], is_gate_up=True)
+        return gate_up_silu(x_TK, weight_NK, bias_N, choice, self.choices.scratch)
 
     def written(self, slots_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``LayerOps``: the kernel itself skips slot -1."""
@@ -88,4 +101,5 @@ class TritonLayerOps:
             positions_T=positions_T,
             norm_weight=norm_weight,
             eps=eps,
+            is_fixed=self.deterministic,
         )

@@ -12,6 +12,9 @@ import triton.language as tl
 
 from pearl_ray.kernels.overlap import OVERLAPPED, follow
 
+_HEADS = 4  # of a program
+_MANY_TOKENS = 16
+
 
 @triton.jit
 def _turn_and_store(
@@ -34,40 +37,42 @@ def _turn_and_store(
     HALF: tl.constexpr,
     BY_POSITION: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = tl.arange(0, HALF)
-    inside = column < WIDTH // 2
+    """Grid (tokens, heads / HEADS): heads of one program are all queries, all keys or all values."""
+    token, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
+    head, half = first + tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    column, inside = head * WIDTH + half, (head >= 0) & (half < WIDTH // 2)
     if HAS_NORM:
-        gain = weight + tl.minimum(head, num_q + num_kv - 1) * WIDTH + column
+        gain = weight + tl.minimum(head, num_q + num_kv - 1) * WIDTH + half
         gain_low, gain_high = tl.load(gain, mask=inside, other=0.0), tl.load(gain + WIDTH // 2, inside, other=0.0)
     follow()
-    x = qkv + token * qkv_stride + head * WIDTH + column
+    x = qkv + token * qkv_stride + column
     low = tl.load(x, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(x + WIDTH // 2, mask=inside, other=0.0).to(tl.float32)
     slot = tl.load(slots + token).to(tl.int64)
     kind: tl.constexpr = q_out.dtype.element_ty
-    if head < num_q + num_kv:
+    if first < num_q + num_kv:
         if HAS_NORM:
-            scale = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / WIDTH + eps)
+            scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / WIDTH + eps)[:, None]
             low = ((low * scale).to(kind) * gain_low).to(tl.float32)
             high = ((high * scale).to(kind) * gain_high).to(tl.float32)
         row = token
         if BY_POSITION:  # a padding row may hold anything: nothing outside the table is read
             row = tl.minimum(tl.maximum(tl.load(table_rows + token).to(tl.int64), 0), table_len - 1)
-        angle = row * table_stride + column
-        cosine = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
-        sine = tl.load(signed_sin + angle + WIDTH // 2, mask=inside, other=0.0).to(tl.float32)
+        angle = row * table_stride + half
+        cosine = tl.load(cos + angle, mask=half < WIDTH // 2, other=0.0).to(tl.float32)
+        sine = tl.load(signed_sin + angle + WIDTH // 2, mask=half < WIDTH // 2, other=0.0).to(tl.float32)
         low, high = low * cosine - high * sine, high * cosine + low * sine
-    if head < num_q:
-        to = q_out + (token * num_q + head) * WIDTH + column
+    if first < num_q:
+        to = q_out + token * num_q * WIDTH + column
         tl.store(to, low.to(kind), mask=inside)
         tl.store(to + WIDTH // 2, high.to(kind), mask=inside)
     elif slot >= 0:
-        if head < num_q + num_kv:
-            to = k_cache + (slot * num_kv + head - num_q) * WIDTH + column
+        if first < num_q + num_kv:
+            to = k_cache + slot * num_kv * WIDTH + column - num_q * WIDTH
         else:
-            to = v_cache + (slot * num_kv + head - num_q - num_kv) * WIDTH + column
+            to = v_cache + slot * num_kv * WIDTH + column - (num_q + num_kv) * WIDTH
         tl.store(to, low.to(kind), mask=inside)
         tl.store(to + WIDTH // 2, high.to(kind), mask=inside)
 
@@ -84,6 +89,7 @@ def turn_and_store(
     positions_T: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
     eps: float = 0.0,
+    is_fixed: bool = False,
 ) -> torch.Tensor:
     """Returns the turned queries ``[T, H, D]``; turned keys, and values, go to their slots (-1 writes nothing).
 
@@ -92,13 +98,17 @@ def turn_and_store(
         cos, signed_sin: ``rope_tables``' ``[T, 1, D]``; or tables ``[L, D]`` of all positions, with ``positions_T``,
             which are clamped to them.
         norm_weight: ``[H + G, D]``, RMSNorm's weight of every query and key head.
+        is_fixed: a token's bits don't depend on how many tokens there are.
     """
     num_kv, width = k_cache.shape[2], k_cache.shape[3]
     num_tokens = qkv_T.shape[0]
     assert qkv_T.shape[1] == (num_q + 2 * num_kv) * width and qkv_T.stride(1) == 1
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and cos.stride() == signed_sin.stride()
     q_out = torch.empty((num_tokens, num_q, width), dtype=qkv_T.dtype, device=qkv_T.device)
-    _turn_and_store[(num_tokens, num_q + 2 * num_kv)](
+    # One head each is quickest for a few tokens; many programs would take turns.
+    many = num_tokens >= _MANY_TOKENS and not is_fixed and num_q % _HEADS == num_kv % _HEADS == 0
+    heads = _HEADS if many else 1
+    _turn_and_store[(num_tokens, (num_q + 2 * num_kv) // heads)](
         qkv_T,
         q_out,
         k_cache,
@@ -118,6 +128,7 @@ def turn_and_store(
         HALF=triton.next_power_of_2(width // 2),
         BY_POSITION=positions_T is not None,
         HAS_NORM=norm_weight is not None,
+        HEADS=heads,
         num_warps=1,
         **OVERLAPPED,
     )

@@ -216,7 +216,7 @@ class LocalEngine:
                 max_window=MAX_WINDOW,
                 use_graphs=self._use_graphs,
             )
-            capture(role, parts, self._window)
+            capture(role, parts, self._window + (self._limits.mode == "sd"), self._limits.max_num_batched_tokens)
         self.device_parts.append(parts)
         return parts
 

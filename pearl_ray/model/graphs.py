@@ -74,6 +74,10 @@ class GraphPool:
         self.bytes += max(min(free - torch.cuda.mem_get_info(self._device)[0], own), 0)
         return True
 
+    def has(self, key: Hashable) -> bool:
+        """Whether :meth:`run` would replay a graph."""
+        return key in self._graphs
+
     def run(self, key: Hashable, function: Callable[[], object]) -> None:
         """Queue the function's work on the current stream."""
         graph = self._graphs.get(key)

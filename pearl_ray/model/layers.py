@@ -145,7 +145,7 @@ class MLP:
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """This rank's part of the output ``[T, D]``."""
-        return self.down(self.ops.silu_mul(self.gate_up(x_TD)))
+        return self.down(self.ops.gate_up_silu(x_TD, self.gate_up.weight, self.gate_up.bias))
 
 
 class Layer:
@@ -167,5 +167,5 @@ class Layer:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """All linear maps."""
-        return (self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down)
+        """All linear maps but that to gates and ups."""
+        return (self.attention.qkv, self.attention.output, self.mlp.down)

@@ -9,7 +9,7 @@ Shapes: T rows and S sequences of a pass, both padded up to a bucket; V this ran
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,9 @@ from pearl_ray.model.transformer import Transformer
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 QUERY_BUCKETS = (1, 8, 32, 128, 512)
+# Of passes with prompts among them, which come in too many shapes for a graph of each: rows cost little up to 128.
+CHUNK_ROWS = (32, 64, 128, 192, 256)
+CHUNK_SEQUENCES = (8, 32, 128, 512)
 _SPARE = 512  # tokens of the block tables beyond the longest sequence, at most
 
 
@@ -91,11 +94,24 @@ class PassRunner(ModelRunner):
         rows = min(padded(num_rows, ROW_BUCKETS), self.max_rows)
         return Shape(rows, padded(num_seqs, SEQUENCE_BUCKETS), min(padded(longest, QUERY_BUCKETS), rows))
 
+    def wide(self, shape: Shape) -> Shape:
+        """The shape of passes with prompts that holds this one."""
+        seqs = min(padded(shape.seqs, CHUNK_SEQUENCES), padded(self.max_seqs, SEQUENCE_BUCKETS))
+        rows = padded(shape.rows, CHUNK_ROWS)
+        return Shape(rows, seqs, min(max(padded(shape.query, QUERY_BUCKETS), 32), rows))
+
+    def wide_shapes(self, max_tokens: int) -> Iterator[Shape]:
+        """All of :meth:`wide`, of passes of up to so many tokens."""
+        most = min(padded(max_tokens, CHUNK_ROWS), CHUNK_ROWS[-1], self.max_rows)
+        for rows in (size for size in CHUNK_ROWS if size <= most):
+            for seqs in sorted({self.wide(Shape(1, size, 1)).seqs for size in SEQUENCE_BUCKETS}):
+                yield from {self.wide(Shape(rows, seqs, query)) for query in (32, 128)}
+
     def logits(self, entries: Sequence[Entry]) -> torch.Tensor | None:
         """See ``ModelRunner``. The result of a pass that fits is valid until the next."""
         if not entries or not self.fits(entries):
             return super().logits(entries)
-        self.queue(self.fill(entries))
+        self.queue(self.fill(entries, may_be_wide=True))
         total = sum(len(entry.tokens) for entry in entries)
         wanted = [range(end - entry.num_outputs, end) for entry, end in zip(entries, _ends(entries), strict=True)]
         rows = [row for some in wanted for row in some]
@@ -106,8 +122,11 @@ class PassRunner(ModelRunner):
         index = torch.tensor(rows, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
         return self.logits_RV.index_select(0, index)
 
-    def fill(self, entries: Sequence[Entry]) -> Shape:
-        """Send the entries to the device; returns their pass's shape. The device must be done with the last fill."""
+    def fill(self, entries: Sequence[Entry], *, may_be_wide: bool = False) -> Shape:
+        """Send the entries to the device; returns their pass's shape. The device must be done with the last fill.
+
+        ``may_be_wide``: where only a wider shape has a graph, that one.
+        """
         host, size = self.arrays.host, self.block_size
         at = 0
         longest = 1
@@ -129,6 +148,8 @@ class PassRunner(ModelRunner):
                 longest = max(longest, count)
             at = end
         shape = self.shape(at, len(entries), longest)
+        if may_be_wide and not self.graphs.has(shape) and self.graphs.has(wide := self.wide(shape)):
+            shape = wide
         self.pad(at, len(entries), shape)
         self.arrays.upload()
         return shape
@@ -158,12 +179,13 @@ class PassRunner(ModelRunner):
             slots_T=arrays["slots"][: shape.rows],
             query_start_S1=arrays["query_start"][: shape.seqs + 1],
             context_lens_S=arrays["context_lens"][: shape.seqs],
-            block_tables_SB=self.tables.tables_LB.index_select(0, arrays["lanes"][: shape.seqs]),
+            block_tables_SB=self.tables.tables_LB,
             output_rows_R=None,
             max_query_len=shape.query,
             max_context_len=self.max_context,
         )
-        return self._model.local_logits(self._model.forward(batch, self._cache))
+        hidden_TD = self._model.forward(batch, self._cache, arrays["lanes"][: shape.seqs])
+        return self._model.local_logits(hidden_TD)
 
     def wait(self, event: torch.cuda.Event | None = None) -> None:
         """Wait on the host for ``event``, or all that was queued; here a missing peer shows, at its deadline."""

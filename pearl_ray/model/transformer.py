@@ -9,6 +9,7 @@ Shapes: T tokens of the pass, R of them wanted, D model width, V this rank's voc
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from pearl_ray.core.batch import ForwardBatch, StaticBatch
 from pearl_ray.core.comm import Group
 from pearl_ray.kernels.backend import AttentionBackend
+from pearl_ray.kernels.begin_pass import PassInput
 from pearl_ray.kernels.ops import LayerOps, choose_layer_ops
 from pearl_ray.model.config import ModelConfig
 from pearl_ray.model.kv_cache import KVCache
@@ -95,18 +97,23 @@ class Transformer:
         Not collective. Seconds on a GPU, nothing on a CPU.
         """
         linears = [*(linear for layer in self._layers for linear in layer.linears), self._lm_head]
-        self._ops.settle([linear.weight for linear in linears], num_rows)
+        gate_ups = [layer.mlp.gate_up.weight for layer in self._layers]
+        self._ops.settle([linear.weight for linear in linears], num_rows, gate_ups)
 
-    def forward(self, batch: ForwardBatch | StaticBatch, cache: KVCache) -> torch.Tensor:
+    def forward(
+        self, batch: ForwardBatch | StaticBatch, cache: KVCache, lanes_S: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Writes the batch's keys and values to ``cache`` and returns the wanted rows after the final norm, ``[R, D]``.
 
         Collective: 2 sums over the ranks per layer and one for the embedding. Rows whose slot is -1 are unspecified.
         A :class:`StaticBatch` on a GPU is never waited for, and can be captured once the same shape ran before.
+
+        Args:
+            lanes_S: of a static batch whose tables are those of all lanes, ``[L, B]``: the row of each sequence's.
         """
         ops, eps = self._ops, self.config.rms_norm_eps
+        batch, residual_TD, x_TD = self._begin(batch, cache.block_size, lanes_S)
         context = self._context(batch, cache)
-        residual_TD = self._embed(batch.token_ids_T, is_static=isinstance(batch, StaticBatch))
-        x_TD = ops.rms_norm(residual_TD, self._layers[0].input_norm, eps)
         for index, layer in enumerate(self._layers):
             if index > 0:
                 x_TD = ops.rms_norm(x_TD, layer.input_norm, eps, residual_TD)
@@ -121,11 +128,24 @@ class Transformer:
         """Logits of this rank's part of the vocabulary, ``[R, V]`` in the model's dtype; not collective."""
         return self._lm_head(hidden_RD)
 
+    def _begin(
+        self, batch: ForwardBatch | StaticBatch, block_size: int, lanes_S: torch.Tensor | None
+    ) -> tuple[ForwardBatch | StaticBatch, torch.Tensor, torch.Tensor]:
+        """The batch with a static one's slots and tables made ready, the embedded rows ``[T, D]``, their first norm."""
+        norm_weight, eps = self._layers[0].input_norm, self.config.rms_norm_eps
+        if isinstance(batch, StaticBatch):
+            rows, tables = (batch.token_ids_T, batch.slots_T), batch.block_tables_SB
+            given = PassInput(*rows, batch.query_start_S1, batch.context_lens_S, tables, lanes_S, block_size)
+            begun = self._ops.begin_pass(given, self._embedding if self._group.size == 1 else None, norm_weight, eps)
+            batch = replace(batch, slots_T=begun.slots_T, block_tables_SB=begun.tables_SB)
+            if begun.embedded_TD is not None and begun.x_TD is not None:
+                return batch, begun.embedded_TD, begun.x_TD
+        embedded_TD = self._embed(batch.token_ids_T)
+        return batch, embedded_TD, self._ops.rms_norm(embedded_TD, norm_weight, eps)
+
     def _context(self, batch: ForwardBatch | StaticBatch, cache: KVCache) -> ForwardContext:
         slots_T, block_size, q_to_kv = batch.slots_T, cache.block_size, self._shard.q_to_kv
         if isinstance(batch, StaticBatch):
-            row_T = torch.arange(len(slots_T), device=slots_T.device)
-            slots_T = slots_T.masked_fill(row_T >= batch.query_start_S1[-1], -1)
             metadata = self._backend.prepare_static(batch, block_size=block_size, q_to_kv=q_to_kv, dtype=self.dtype)
             longest = batch.max_context_len
         else:
@@ -138,11 +158,9 @@ class Transformer:
         assert longest <= len(self._tables[0]), f"{longest} positions, tables of {len(self._tables[0])}"
         return ForwardContext(*self._tables, batch.positions_T, slots_T, rows, metadata)
 
-    def _embed(self, token_ids_T: torch.Tensor, *, is_static: bool) -> torch.Tensor:
+    def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         if self._group.size == 1:
-            # Padding rows may hold any id. CUDA would end the process for one that isn't in the vocabulary.
-            ids_T = token_ids_T.clamp(0, self.config.vocab_size - 1) if is_static else token_ids_T
-            return F.embedding(ids_T, self._embedding)
+            return F.embedding(token_ids_T, self._embedding)
         local_T = token_ids_T - self.vocab_start
         elsewhere_T = (local_T < 0) | (local_T >= len(self._shard.vocab))
         x_TD = F.embedding(local_T.masked_fill(elsewhere_T, 0), self._embedding)

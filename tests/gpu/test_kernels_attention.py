@@ -111,6 +111,39 @@ def test_a_prefill_chunk_behind_a_cached_prefix_is_causal() -> None:
     assert relative_error(run(case), case.expected()) < LIMIT[DTYPES[-1]]
 
 
+@pytest.mark.parametrize("splits", [None, 1, 3])
+def test_a_chunk_beside_many_short_sequences_has_a_program_for_each_of_its_tiles(splits: int | None) -> None:
+    """Sequences without tokens among them, and more of them than are looked through at a time."""
+    ones = [(1, 3 + i % 40) for i in range(68)]
+    case = PagedCase([*ones, (100, LONG), (17, 60), (1, 5)], EVEN, width=64, block_size=16, dtype=DTYPES[-1])
+    backend = TritonAttention()
+    metadata = prepared(case, backend)
+    starts, lens = metadata.query_start_S1, metadata.context_lens_S
+    gaps = [0, *range(60, len(starts))]  # an empty sequence at the beginning and before each of the last ones
+    order = sorted([*range(len(starts)), *gaps])
+    owners = torch.tensor([i for i in order if i < len(lens)], device=DEVICE)
+    again = torch.tensor([i == j for i, j in pairwise(order)], device=DEVICE)[: len(owners)]
+    metadata = dataclasses.replace(
+        metadata,
+        query_start_S1=starts[torch.tensor(order, device=DEVICE)][: len(owners) + 1].contiguous(),
+        context_lens_S=torch.where(again, 0, lens[owners]).int(),
+        block_tables_SB=case.tables.index_select(0, owners),
+    )
+    assert [int(n) for n in metadata.query_start_S1.diff()].count(0) >= 10
+    plan = attention_plan.make_plan(metadata, case.cache[0].shape[2], 64, 16)
+    if splits is not None:
+        plan = Plan(16, 64, tiles=20, splits=splits, warps=4, stages=3, min_keys=64)
+    assert plan.tiles > 1
+    units = attention_plan.num_units(metadata, plan.rows, plan.tiles)
+    tokens = plan.rows // metadata.group_size
+    exact = sum(-(-int(n) // tokens) for n in metadata.query_start_S1.diff())
+    assert exact <= units < len(owners) * plan.tiles
+    backend.store_kv(case.new[0], case.new[1], case.cache[0], case.cache[1], metadata)
+    out = poisoned(case.q.shape, case.q.dtype)
+    backend.paged_attention_into(out, case.q, case.cache[0], case.cache[1], metadata, plan)
+    assert relative_error(out, case.expected()) < LIMIT[DTYPES[-1]]
+
+
 def test_a_tree_window_sees_the_prefix_and_its_ancestors_only() -> None:
     parents = [[-1, 0, 0, 1, 1, 2], [-1, 0, 0]]
     case = PagedCase([(6, 90), (3, 3)], EVEN, width=64, block_size=16, dtype=DTYPES[-1])

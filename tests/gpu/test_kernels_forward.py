@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from pearl_ray.core.batch import ForwardBatch, StaticBatch
 from pearl_ray.core.comm import SingleGroup
 from pearl_ray.kernels.attention_torch import TorchAttention
 from pearl_ray.kernels.attention_triton import TritonAttention
+from pearl_ray.kernels.linear import DOTS, PRODUCTS
 from pearl_ray.kernels.ops import TorchLayerOps, choose_layer_ops
 from pearl_ray.kernels.ops_triton import TritonLayerOps
 from pearl_ray.model.batching import Entry, make_batch
@@ -68,8 +70,8 @@ class Model:
         for part in (*self.cache.k, *self.cache.v):
             part.fill_(math.nan)
 
-    def run(self, batch: ForwardBatch | StaticBatch) -> torch.Tensor:
-        return self.transformer.local_logits(self.transformer.forward(batch, self.cache))
+    def run(self, batch: ForwardBatch | StaticBatch, lanes: torch.Tensor | None = None) -> torch.Tensor:
+        return self.transformer.local_logits(self.transformer.forward(batch, self.cache, lanes))
 
     def feed(self, entries: Sequence[Entry]) -> torch.Tensor:
         return self.run(make_batch(entries, BLOCK, DEVICE))
@@ -132,6 +134,20 @@ def test_the_fused_forward_is_as_close_to_float32_as_torch_in_the_same_type(fami
     assert relative_error(outputs["triton", DTYPE], exact) < 1.5 * expected + 1e-3
 
 
+def test_a_forward_with_silu_inside_its_maps_is_the_one_with_silu_behind_them() -> None:
+    source = source_of("llama, biases, tied")
+    behind, inside = (Model(source, "triton", DTYPE) for _ in range(2))
+    width, columns = source.config.hidden_size, 2 * source.config.intermediate_size
+    ways = {1: PRODUCTS[0], 2: PRODUCTS[1], 4: PRODUCTS[2], 8: DOTS[0], 16: DOTS[3], 32: DOTS[1]}
+    for rows, way in ways.items():
+        key = (columns, width, DTYPE, True, rows)
+        inside.transformer._ops.choices.chosen[key] = dataclasses.replace(way, has_silu=True)
+    single = [Entry(TEXTS[1][:1], 0, TABLES[1], 1)]
+    for entries in (PREFILL, MIXED, single):
+        batch = make_batch(entries, BLOCK, DEVICE)
+        assert relative_error(inside.run(batch), behind.run(batch)) < 2e-2
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_pass_in_device_tensors_is_the_pass_of_lists(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETING:
@@ -147,6 +163,22 @@ def test_a_pass_in_device_tensors_is_the_pass_of_lists(deterministic: bool, monk
         assert torch.equal(static.stored(), plain.stored())
     else:
         assert torch.equal(static.cache.k[0].isnan(), plain.cache.k[0].isnan())
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_tables_may_be_all_lanes_and_sequences_say_which(deterministic: bool) -> None:
+    source = source_of("llama, biases, tied")
+    direct, by_lane = (Model(source, "triton", DTYPE, deterministic=deterministic) for _ in range(2))
+    lanes = torch.tensor([5, 0, 3, 10**6], dtype=torch.int32, device=DEVICE)  # the last sequence is padding
+    for entries, num_rows in ((PREFILL, LONG + SHORT + 2), (MIXED, 12)):
+        static = static_of(make_batch(entries, BLOCK, DEVICE), num_rows, 4)
+        count = sum(entry.num_outputs for entry in entries)
+        tables = torch.full((6, 8), 10**6, dtype=torch.int32, device=DEVICE)
+        tables[lanes[:3].long()] = static.block_tables_SB[:3]
+        expected = direct.run(static)
+        out = by_lane.run(dataclasses.replace(static, block_tables_SB=tables), lanes)
+        assert torch.equal(out[:count], expected[:count])
+    assert torch.equal(direct.stored(), by_lane.stored())
 
 
 def test_deterministic_logits_have_the_same_bits_in_every_batch_and_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from pearl_ray.kernels import linear as linear_kernels
 from pearl_ray.kernels import linear_choice
 from pearl_ray.kernels.activation import silu_mul, silu_mul_reference
 from pearl_ray.kernels.kv_store import store_kv, store_kv_reference
-from pearl_ray.kernels.linear import DOTS, PRODUCTS, Choice, fixed_linear, linear
+from pearl_ray.kernels.linear import DOTS, PRODUCTS, TORCH, Choice, fixed_linear, gate_up_silu, linear
 from pearl_ray.kernels.linear_choice import LinearChoices
 from pearl_ray.kernels.norm import rms_norm, rms_norm_reference
+from pearl_ray.kernels.ops import TorchLayerOps
+from pearl_ray.kernels.ops_triton import TritonLayerOps
 from pearl_ray.kernels.rotary import turn_and_store, turn_and_store_reference
 from tests.kernel_checks import (
     CAN_RUN,
@@ -85,8 +88,10 @@ def test_silu_times_up(width: int) -> None:
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("width", [64, 80, 128])
-def test_queries_and_keys_are_turned_and_stored(width: int, by_position: bool, has_norm: bool) -> None:
-    num_tokens, num_q, num_kv = 6, 6, 2
+@pytest.mark.parametrize(("num_tokens", "num_q", "num_kv"), [(6, 6, 2), (21, 8, 4)], ids=["few", "many"])
+def test_queries_and_keys_are_turned_and_stored(
+    num_tokens: int, num_q: int, num_kv: int, width: int, by_position: bool, has_norm: bool
+) -> None:
     qkv = fresh(num_tokens, (num_q + 2 * num_kv) * width, dtype=DTYPE)
     positions = torch.randint(0, 50, (num_tokens,), device=DEVICE)
     angles = torch.arange(50, device=DEVICE)[:, None] * (0.3 ** torch.arange(width // 2, device=DEVICE))
@@ -106,6 +111,20 @@ def test_queries_and_keys_are_turned_and_stored(width: int, by_position: bool, h
     assert torch.equal(caches[0].isnan(), caches[2].isnan())
     assert relative_error(caches[0].nan_to_num(), caches[2].nan_to_num()) < LIMIT
     assert same_where_written(caches[1], caches[3])
+
+
+def test_a_fixed_turn_gives_a_token_the_same_bits_among_any_others() -> None:
+    num_tokens, num_q, num_kv, width = 40, 8, 4, 80
+    qkv = fresh(num_tokens, (num_q + 2 * num_kv) * width, dtype=DTYPE)
+    cos, sin = fresh(num_tokens, 1, width, dtype=DTYPE), fresh(num_tokens, 1, width, dtype=DTYPE)
+    slots = torch.randperm(5 * 16, device=DEVICE)[:num_tokens]
+    cache = poisoned((2, 5, 16, num_kv, width), DTYPE)
+    options = {"num_q": num_q, "norm_weight": fresh(num_q + num_kv, width, dtype=DTYPE), "eps": 1e-6, "is_fixed": True}
+    whole = turn_and_store(qkv, cos, sin, cache[0], cache[1], slots, **options)
+    keys = cache[0].flatten(0, 1)[slots]
+    for some in (slice(0, 1), slice(7, 10), slice(20, 40)):
+        q = turn_and_store(qkv[some], cos[some], sin[some], cache[0], cache[1], slots[some], **options)
+        assert torch.equal(q, whole[some]) and torch.equal(cache[0].flatten(0, 1)[slots[some]], keys[some])
 
 
 @pytest.mark.parametrize("choice", [*PRODUCTS, *DOTS], ids=str)
@@ -137,6 +156,59 @@ def test_a_map_whose_inputs_are_split_is_right_and_the_same_each_time(rows: int,
             assert not scratch.counters.any()
 
 
+FUSED = tuple(dataclasses.replace(way, has_silu=True) for way in (*PRODUCTS[:3], *DOTS))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 13, 33, 64])
+def test_a_gate_up_map_with_silu_inside_is_right_for_odd_sizes(rows: int) -> None:
+    for choice in (way for way in linear_kernels.candidates(rows, is_gate_up=True) if way.has_silu):
+        can_bfloat16 = (
+            not INTERPRETING or choice.kind == "products"
+        )  # the interpreter's matrix products of it are wrong
+        for dtype, limit in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2))[: 2 if can_bfloat16 else 1]:
+            for width, inputs, has_bias in ((21 if INTERPRETING else 65, 1024, False), (35, 600, True)):
+                x = fresh(rows, inputs, dtype=dtype)
+                weight = fresh(2 * width, inputs, dtype=dtype, scale=2 * inputs**-0.5)
+                bias = fresh(2 * width, dtype=dtype) if has_bias else None
+                gate, up = (x.float() @ weight.float().T + (bias.float() if bias is not None else 0.0)).chunk(2, -1)
+                out = gate_up_silu(x, weight, bias, choice)
+                expected = torch.nn.functional.silu(gate) * up
+                assert out.shape == (rows, width) and relative_error(out, expected) < limit, (choice, dtype)
+
+
+@pytest.mark.parametrize("choice", [FUSED[1], FUSED[4]], ids=str)
+def test_rows_behind_the_maps_are_left_alone(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = poisoned((16, 35), DTYPE)
+    x, weight = fresh(3, 600, dtype=DTYPE), fresh(70, 600, dtype=DTYPE, scale=600**-0.5)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: whole[: shape[0]])
+    out = gate_up_silu(x, weight, None, choice)
+    assert out.data_ptr() == whole.data_ptr()
+    assert not whole[:3].isnan().any() and whole[3:].isnan().all()
+
+
+def test_silu_goes_into_every_kernel_that_takes_pairs_and_isnt_split() -> None:
+    for rows, sizes in ((1, (51_200, 5120)), (8, (5120, 25_600)), (64, (6144, 1024))):
+        plain = linear_kernels.candidates(rows, *sizes)
+        ways = linear_kernels.candidates(rows, *sizes, is_gate_up=True)
+        assert not any(way.has_silu for way in plain) and ways[: len(plain)] == plain
+        assert {dataclasses.replace(way, has_silu=False) for way in ways[len(plain) :]} == {
+            way for way in plain if way != TORCH and way.splits == 1 and way.block_n > 1
+        }
+    assert linear_kernels.candidates(65, is_gate_up=True) == (TORCH,)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gates_and_ups_go_the_way_that_was_chosen_for_them(deterministic: bool) -> None:
+    ops = TritonLayerOps(deterministic=deterministic)
+    x, weight, bias = fresh(3, 96, dtype=DTYPE), fresh(70, 96, dtype=DTYPE, scale=0.1), fresh(70, dtype=DTYPE)
+    expected = TorchLayerOps().gate_up_silu(x.float(), weight.float(), bias.float())
+    assert relative_error(ops.gate_up_silu(x, weight, bias), expected) < LIMIT  # nothing was settled
+    for choice in (TORCH, PRODUCTS[0], FUSED[0], FUSED[3]):
+        ops.choices.chosen[70, 96, DTYPE, True, 4] = choice
+        assert relative_error(ops.gate_up_silu(x, weight, bias), expected) < LIMIT
+        assert ops.linear(x, weight, bias).shape == (3, 70)  # a plain map of that shape is another one
+
+
 def test_split_ways_are_for_maps_of_few_outputs_and_long_parts() -> None:
     assert all(c.splits == 1 for c in (*linear_kernels.candidates(8), *linear_kernels.candidates(8, 51_200, 5120)))
     split = [c for c in linear_kernels.candidates(8, 5120, 25_600) if c.splits > 1]
@@ -165,17 +237,20 @@ def test_a_fixed_linear_map_gives_a_row_the_same_bits_among_any_others(
 def test_nothing_is_measured_in_a_forward() -> None:
     choices, weight = LinearChoices(), fresh(64, 64, dtype=DTYPE)
     assert choices.settled(weight, 3) == linear_kernels.TORCH and not choices.chosen
-    choices.chosen[64, 64, DTYPE, 4] = PRODUCTS[0]
+    choices.chosen[64, 64, DTYPE, False, 4] = PRODUCTS[0]
+    choices.chosen[64, 64, DTYPE, True, 8] = PRODUCTS[1]
     assert choices.settled(weight, 3) == choices.settled(weight, 4) == PRODUCTS[0]
     assert (
         choices.settled(weight, 0) == choices.settled(weight, 5) == choices.settled(weight, 65) == linear_kernels.TORCH
     )
+    assert choices.settled(weight, 7, is_gate_up=True) == PRODUCTS[1]
+    assert choices.settled(weight, 3, is_gate_up=True) == TORCH
 
 
 def test_more_rows_than_the_kernels_take_go_to_the_library() -> None:
     assert linear_kernels.candidates(65) == (linear_kernels.TORCH,)
     choices = LinearChoices()
-    choices.chosen[8, 8, DTYPE, 64] = PRODUCTS[0]
+    choices.chosen[8, 8, DTYPE, False, 64] = PRODUCTS[0]
     assert choices.settled(fresh(8, 8, dtype=DTYPE), 65) == linear_kernels.TORCH
 
 
@@ -193,6 +268,58 @@ def test_a_way_that_computes_something_else_is_not_taken(monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(INTERPRETING, reason="times kernels")
+def test_a_fused_way_that_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = linear_choice.gate_up_silu
+
+    def wrong(*arguments: object) -> torch.Tensor:
+        out = right(*arguments)
+        return out.flip(1) if arguments[3].has_silu else out
+
+    monkeypatch.setattr(linear_choice, "gate_up_silu", wrong)
+    choices = LinearChoices()
+    choices.settle([], 8, [fresh(2048, 1024, dtype=DTYPE)])
+    assert len(choices.chosen) == 4 and not any(choice.has_silu for choice in choices.chosen.values())
+
+
+@pytest.mark.skipif(INTERPRETING, reason="times kernels")
+def test_a_map_to_gates_and_ups_is_timed_with_its_silu_in_every_way() -> None:
+    weights = [fresh(2048, 1024, dtype=DTYPE, scale=0.03) for _ in range(2)]
+    scratch = linear_kernels.Scratch(DEVICE)
+    for rows in (1, 8, 64):
+        for way in linear_kernels.candidates(rows, 2048, 1024, is_gate_up=True):
+            assert 0 < linear_choice.milliseconds(weights, rows, way, scratch, is_gate_up=True) < 10, way
+
+
+def test_the_fastest_way_is_taken_for_plain_maps_and_for_gates_and_ups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+
+    class Chain:
+        """The slowest way is lucky at the first look."""
+
+        def __init__(self, weights: list[object], rows: int, choice: Choice, scratch: object, is_gate_up: bool) -> None:
+            timed.append((len(weights), rows, choice, is_gate_up))
+            self.choice, self.error = choice, 0.0
+
+        def seconds(self, runs: int) -> list[float]:
+            if runs > 1 and self.choice == PRODUCTS[1]:
+                return [0.5] * runs
+            return [{PRODUCTS[0]: 2.0, FUSED[0]: 1.0, TORCH: 3.0}.get(self.choice, 9.0)] * runs
+
+    monkeypatch.setattr(linear_choice, "Chain", Chain)
+    weight = SimpleNamespace(shape=torch.Size((70, 96)), dtype=DTYPE, device=torch.device("cuda"))
+    choices = LinearChoices(scratch=linear_kernels.Scratch(DEVICE))
+    choices.settle([weight, weight], 8, [weight])  # type: ignore[list-item]
+    assert {count for count, _, _, is_gate_up in timed if is_gate_up} == {1}
+    assert {count for count, _, choice, is_gate_up in timed if not is_gate_up} == {2}
+    assert not any(choice.has_silu for _, _, choice, is_gate_up in timed if not is_gate_up)
+    plain, paired = (
+        [choices.settled(weight, rows, is_gate_up=is_gate_up) for rows in (1, 3, 8)]  # type: ignore[arg-type]
+        for is_gate_up in (False, True)
+    )
+    assert plain == [PRODUCTS[0], PRODUCTS[0], TORCH] and paired == [FUSED[0], FUSED[0], TORCH]
+
+
+@pytest.mark.skipif(INTERPRETING, reason="times kernels")
 def test_settling_measures_each_shape_for_every_number_of_rows_up_to_the_one_asked_for() -> None:
     choices, weight = LinearChoices(), fresh(256, 512, dtype=DTYPE)
     choices.settle([weight, weight.clone()], 6)
@@ -202,5 +329,5 @@ def test_settling_measures_each_shape_for_every_number_of_rows_up_to_the_one_ask
     assert sorted(key[-1] for key in choices.chosen if key[0] == 256) == [1, 2, 4, 8, 16, 32, 64]
     assert sorted(key[-1] for key in choices.chosen if key[0] == 1024) == [1, 2, 4, 8, 16, 32, 64]
     assert all(choices.chosen[key] == choice for key, choice in before.items())
-    assert choices.settled(weight, 5) is choices.chosen[256, 512, DTYPE, 8]
+    assert choices.settled(weight, 5) is choices.chosen[256, 512, DTYPE, False, 8]
     assert choices.settled(weight, 5) in linear_kernels.candidates(8)

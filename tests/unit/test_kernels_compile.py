@@ -30,7 +30,7 @@ def test_every_kernel_compiles_for_hopper_and_fits() -> None:
     assert done.returncode == 0, done.stderr[-6000:]
     shared = {name: int(size) for name, size in (line.split() for line in done.stdout.splitlines())}
     kernels = {"attend", "join", "_race", "_judge", "_pass", "_finish", "_collect", "_propose", "_accept", "_residual"}
-    kernels |= {"_advance", "_feed"}
+    kernels |= {"_advance", "_feed", "products", "dots", "_begin"}
     assert kernels <= set(shared)
     assert {name: size for name, size in shared.items() if size > MAX_SHARED} == {}
 
@@ -87,7 +87,7 @@ def call_backend(torch: Any, backend: Any) -> None:
     from pearl_ray.kernels.attention_triton import TritonMetadata
 
     for width, num_q, num_kv in ((64, 32, 8), (80, 6, 2), (128, 64, 8), (256, 16, 4)):
-        for batch, count, context in ((1, 1, 600), (4, 8, 32768), (1, 16, 32768), (1, 512, 2048)):
+        for batch, count, context in ((1, 1, 600), (4, 8, 32768), (1, 16, 32768), (1, 128, 32768), (1, 512, 2048)):
             q = torch.empty((batch * count, num_q, width), dtype=torch.bfloat16)
             cache = torch.empty((2, 4, 16, num_kv, width), dtype=torch.bfloat16)
             heads = backend.heads([head * num_kv // num_q for head in range(num_q)], torch.device("cpu"))
@@ -131,10 +131,25 @@ def call_the_rest(torch: Any) -> None:
     scratch = linear.Scratch(torch.device("cpu"))
     for count in (1, 4, 13, 64):
         x, weight = torch.empty((count, 1024), dtype=bf16), torch.empty((64, 1024), dtype=bf16)
-        for choice in linear.candidates(count, *weight.shape):
+        for choice in linear.candidates(count, *weight.shape, is_gate_up=True):
             if choice != linear.TORCH:
                 linear.linear(x, weight, None, choice, scratch)
         linear.fixed_linear(x, weight, None)
+    call_beginning(torch)
+
+
+def call_beginning(torch: Any) -> None:
+    """Of one row and of many, with tables to copy or not; with an embedding or, as one of several ranks, without."""
+    from pearl_ray.kernels.begin_pass import PassInput
+    from pearl_ray.kernels.begin_pass_kernel import begin_pass
+
+    for rows, seqs, width in ((1, 1, 1024), (64, 8, 5120)):
+        ints = torch.zeros(rows + 1, dtype=torch.int32)
+        given = PassInput(ints[:rows], ints[:rows], ints[: seqs + 1], ints[:seqs], ints.expand(9, -1), ints[:seqs], 16)
+        weight = torch.empty(width, dtype=torch.bfloat16)
+        for lanes in (given.lanes_S, None):
+            for embedding in (torch.empty((1000, width), dtype=torch.bfloat16), None):
+                begin_pass(given._replace(lanes_S=lanes), embedding, weight, 1e-6)
 
 
 def call_rounds(torch: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ class Model:
         for part in (*self.cache.k, *self.cache.v):
             part.fill_(math.nan)
 
-    def run(self, batch: ForwardBatch | StaticBatch) -> torch.Tensor:
-        return self.transformer.local_logits(self.transformer.forward(batch, self.cache))
+    def run(self, batch: ForwardBatch | StaticBatch, lanes: torch.Tensor | None = None) -> torch.Tensor:
+        return self.transformer.local_logits(self.transformer.forward(batch, self.cache, lanes))
 
     def feed(self, entries: Sequence[Entry]) -> torch.Tensor:
         return self.run(make_batch(entries, BLOCK, CPU))
@@ -141,6 +142,25 @@ def test_without_padding_the_bits_are_those_of_the_pass_of_lists(kind: torch.dty
     assert all(torch.equal(a, b) for a, b in zip(left, left_static, strict=True))
     padded = both_ways(source, 1, lambda batch: static_of(batch, num_rows=2, num_seqs=2))
     torch.testing.assert_close(padded[0], padded[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_tables_may_be_all_lanes_and_sequences_say_which(tp_size: int) -> None:
+    source, lanes = in_memory_source(), torch.tensor([4, 5, 0, 3, 4], dtype=torch.int32)  # the first and last: padding
+
+    def work(group: Group) -> tuple[torch.Tensor, ...]:
+        direct, by_lane = Model(source, group), Model(source, group)
+        for entries, count in ((PREFILL, 4), (MIXED, 5)):
+            static = static_of(make_batch(entries, BLOCK, CPU), num_rows=3, num_seqs=2)
+            tables = torch.full((7, static.block_tables_SB.shape[1]), 10**6, dtype=torch.int32)
+            tables[lanes[:count].long()] = static.block_tables_SB
+            expected = direct.run(static)
+            got = by_lane.run(replace(static, block_tables_SB=tables), lanes[:count])
+            assert torch.equal(got, expected)
+        return direct.stored(), by_lane.stored()
+
+    for left, left_by_lane in [work(SingleGroup())] if tp_size == 1 else on_ranks(tp_size, work):
+        assert torch.equal(left, left_by_lane)
 
 
 def test_without_output_rows_every_row_comes_out() -> None:
