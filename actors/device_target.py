@@ -1,9 +1,9 @@
 """The target's rounds on a GPU: one wait per round, and where nothing stands in the way the next pass is queued first.
 
-A round whose sequences all decode by plain `coupled` rows goes through ``Verification``. It may be *ahead*: promised
-to the others before the verdict of the round before is known (see ``epochs``), it is queued behind that verdict on the
-device, and the host's work of the round before runs while it computes. All other rounds (prefill, penalties, bias,
-masks, grammars, log-probabilities, the rejection rule) run pass, then verdict, with the host between. Knows no Ray.
+A round whose sequences all decode by plain rows, of either rule, goes through ``Verification``. It may be *ahead*:
+promised to the others before the verdict of the round before is known (see ``epochs``), it is queued behind that
+verdict on the device, and the host's work of the round before runs while it computes. All other rounds (prefill,
+penalties, bias, masks, grammars, log-probabilities) run pass, then verdict, with the host between. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pearl_ray.actors.epochs import LeaderEpochs
 from pearl_ray.actors.target_loop import Drafted, Finished, Logprobs, TargetLoop
 from pearl_ray.core.errors import ReplicaDivergedError
 from pearl_ray.core.logits import adjusted_logits
+from pearl_ray.core.phases import Node, Proposal
 from pearl_ray.core.replica import BatchSequence
 from pearl_ray.core.schedule import RoundPlan, Work
 from pearl_ray.core.windows import FREE_ROWS
@@ -81,7 +82,10 @@ class DeviceTargetLoop(TargetLoop):
         logprobs: Logprobs = {}
         if is_plain_round:
             of = dict(zip((work.seq_id for work in plan.works), drafted, strict=True))
-            self.verification.judge([[node.token for node in of[work.seq_id]] for work in self._judged])
+            tokens = [[node.token for node in of[work.seq_id]] for work in self._judged]
+            works = {work.seq_id: work for work in plan.works}  # those judged are the round before's, if it is ahead
+            proposals = [self._proposals(works[work.seq_id], of[work.seq_id]) for work in self._judged]
+            self.verification.judge(tokens, proposals)
             goes_on = self.epochs.ahead
             if goes_on:
                 self.verification.go_on([self.replica.sequences[work.seq_id].target_blocks for work in self._judged])
@@ -128,7 +132,7 @@ class DeviceTargetLoop(TargetLoop):
         return rows <= min(self.free_rows, self.runner.max_rows) and len(plan.works) == len(self.replica.sequences)
 
     def _is_plain(self, plan: RoundPlan) -> bool:
-        """Whether all sequences with target work decode by plain `coupled` rows that fit a fixed shape."""
+        """Whether all sequences with target work decode by plain rows that fit a fixed shape."""
         assert isinstance(self.runner, PassRunner)
         rows = 0
         for work in plan.works:
@@ -140,15 +144,24 @@ class DeviceTargetLoop(TargetLoop):
             rows += work.num_rows
         return 0 < rows <= self.runner.max_rows and len(plan.works) <= self.runner.max_seqs
 
-    def _decoding(self, work: Work, nodes: Drafted) -> Decoding:
+    def _decoding(self, work: Work, nodes: tuple[Node, ...]) -> Decoding:
         sequence = self.replica.sequences[work.seq_id]
         state = sequence.state
         tokens, start = self.replica.target_entry(work, nodes)
-        window = [node.token for node in state.pending + tuple(nodes)]
+        window = [node.token for node in state.pending + nodes]
         tested = window[: work.num_tested]
         entry = Entry(tokens, start, sequence.target_blocks, work.num_rows, work.seq_id)
         tests_newest = not nodes and work.num_tested > len(state.pending)
-        return Decoding(entry, sequence.row(start + 1), tested, tests_newest, work.num_drafted)
+        row = sequence.row(start + 1)
+        return Decoding(entry, row, tested, tests_newest, work.num_drafted, sequence.join.rejection)
+
+    def _proposals(self, work: Work, nodes: tuple[Node, ...]) -> list[Proposal]:
+        """What the tokens tested this round were drawn from, under `rejection`: a pending one's came a round before."""
+        sequence = self.replica.sequences[work.seq_id]
+        if not sequence.join.rejection:
+            return []
+        tested = (sequence.state.pending + nodes)[: work.num_tested]
+        return [node.proposal for node in tested if node.proposal is not None]
 
     def _check_ahead(self, plan: RoundPlan) -> None:
         """The device has begun the round; the plan, now that it is known, must be what it did."""
@@ -185,6 +198,4 @@ class DeviceTargetLoop(TargetLoop):
 
 
 def _draws_plainly(sequence: BatchSequence) -> bool:
-    if sequence.join.rejection or sequence.join.params.logprobs is not None:
-        return False
-    return is_plain(sequence.row(sequence.state.num_committed))
+    return sequence.join.params.logprobs is None and is_plain(sequence.row(sequence.state.num_committed))

@@ -3,7 +3,8 @@
 Under the rejection rule a token d drawn from q passes iff u q(d) < p(d), strictly; the first that fails is replaced by
 a keyed Gumbel race over log(p - q) on p's whole support, or over log p where no p > q (Leviathan et al., arXiv
 2211.17192; ``core.verify`` is the reference). Rows that test nothing, and sequences under the coupled rule, are drawn
-as in ``race``. p in float32; u q(d) and p(d) are compared in float64.
+as in ``race``. p in float32; u q(d) and p(d) are compared in float64. A row is tested in a program of its own, so that
+no sum's order, and no verdict, depends on the rows beside it or on the batch's longest window.
 
 Shapes: R rows, V ids (the whole vocabulary), N blocks per row, S sequences, K = 64 entries of a proposal.
 """
@@ -23,6 +24,7 @@ from pearl_ray.kernels.race import BLOCK, Draws, best_candidate, best_of, load_b
 
 _TEST, _RESIDUAL = int(Purpose.TEST), int(Purpose.RESIDUAL)
 _TINY = tl.constexpr(1.1754943508222875e-38)
+_FEWEST_ROWS = 128  # that ``_accept`` is made for: one kernel for the windows that rounds have
 
 
 @triton.jit
@@ -50,12 +52,11 @@ def _sum_block(
 
 
 @triton.jit
-def _accept(
+def _test(
     logits,
     tops,
     best_id,
     sums,
-    row_start,
     tested,
     is_tested,
     proposal_ids,
@@ -66,63 +67,71 @@ def _accept(
     temperatures,
     cuts,
     last_ids,
-    num_accepted,
-    next_token,
-    failed_row,
-    normaliser,
+    passes,
+    normalisers,
     stride,
     num_valid,
     num_blocks,
     PURPOSE: tl.constexpr,
     IS_CUT: tl.constexpr,
-    ROWS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """One sequence: which of its rows pass, and where none is left to do, its next token."""
+    """Whether one row's drafted token passes, and the row's normaliser: by the row alone, in one order of sums."""
+    row = tl.program_id(0)
+    own = tl.load(best_id + row)
+    wanted = tl.load(tested + row).to(tl.int32)
+    temperature = tl.load(temperatures + row)
+    is_same = own == wanted
+    passed = is_same.to(tl.int32)
+    if tl.load(is_tested + row) != 0:
+        p = tl.where(is_same, 1.0, 0.0)
+        if temperature > 0.0:
+            block = tl.arange(0, CANDIDATES)
+            total = tl.sum(tl.load(sums + row * num_blocks + block, mask=block < num_blocks, other=0.0), 0)
+            is_known = (wanted >= 0) & (wanted < num_valid)
+            x = tl.load(logits + row.to(tl.int64) * stride + wanted, mask=is_known, other=float("-inf")).to(tl.float32)
+            if IS_CUT:
+                cut = tl.load(cuts + row)
+                x = tl.where((x > cut) | ((x == cut) & (wanted <= tl.load(last_ids + row))), x, float("-inf"))
+            p = tl.exp((x - tl.load(tops + row)) / temperature) / total
+            tl.store(normalisers + row, total)
+        entry = row * ENTRIES + tl.arange(0, ENTRIES)
+        is_it = tl.load(proposal_ids + entry) == wanted
+        q = tl.max(tl.where(is_it, tl.load(proposal_probs + entry), 0.0), 0)
+        one = tl.arange(0, 1)
+        word = word_at(tl.load(seeds + row), tl.load(positions + row), tl.load(samples + row), PURPOSE, one)
+        u = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+        passed = tl.max((u * q.to(tl.float64) < p.to(tl.float64)).to(tl.int32), 0)
+    tl.store(passes + row, passed)
+
+
+@triton.jit
+def _accept(
+    row_start,
+    best_id,
+    passes,
+    is_tested,
+    temperatures,
+    num_accepted,
+    next_token,
+    failed_row,
+    ROWS: tl.constexpr,
+):
+    """One sequence: how many of its rows pass, and where no race is left to do, its next token."""
     seq = tl.program_id(0)
     begin = tl.load(row_start + seq).to(tl.int32)
     count = tl.load(row_start + seq + 1).to(tl.int32) - begin
     at = tl.arange(0, ROWS)
-    exists = at < count
-    row = begin + at
-    own = tl.load(best_id + row, mask=exists, other=-1)
-    wanted = tl.load(tested + row, mask=exists, other=-1).to(tl.int32)
-    by_test = (tl.load(is_tested + row, mask=exists, other=0) != 0) & exists
-    temperature = tl.load(temperatures + row, mask=exists, other=0.0)
-
-    block, entry = tl.arange(0, CANDIDATES), tl.arange(0, ENTRIES)
-    hot = by_test & (temperature > 0.0)
-    here = hot[:, None] & (block < num_blocks)[None, :]
-    total = tl.sum(tl.load(sums + row[:, None] * num_blocks + block[None, :], mask=here, other=0.0), 1)
-    is_known = hot & (wanted >= 0) & (wanted < num_valid)
-    x = tl.load(logits + row.to(tl.int64) * stride + wanted, mask=is_known, other=float("-inf")).to(tl.float32)
-    if IS_CUT:
-        cut = tl.load(cuts + row, mask=exists, other=0.0)
-        last = tl.load(last_ids + row, mask=exists, other=0)
-        x = tl.where((x > cut) | ((x == cut) & (wanted <= last)), x, float("-inf"))
-    top = tl.load(tops + row, mask=exists, other=0.0)
-    p = tl.exp((x - top) / tl.where(hot, temperature, 1.0)) / tl.where(hot, total, 1.0)
-    p = tl.where(hot, p, tl.where(wanted == own, 1.0, 0.0))
-    slot = row[:, None] * ENTRIES + entry[None, :]
-    is_entry = by_test[:, None] & (entry >= 0)[None, :]
-    ids = tl.load(proposal_ids + slot, mask=is_entry, other=-1)
-    probs = tl.load(proposal_probs + slot, mask=is_entry, other=0.0)
-    q = tl.max(tl.where(ids == wanted[:, None], probs, 0.0), 1)
-    seed = tl.load(seeds + row, mask=exists, other=0)
-    position, sample = tl.load(positions + row, mask=exists, other=0), tl.load(samples + row, mask=exists, other=0)
-    word = word_at(seed, position, sample, PURPOSE, at * 0)
-    u = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
-    passes = tl.where(by_test, u * q.to(tl.float64) < p.to(tl.float64), own == wanted) & exists
-
-    accepted = tl.minimum(tl.min(tl.where(passes, ROWS, at), 0), count)
-    is_it = at == accepted
-    needs_race = tl.max((is_it & hot).to(tl.int32), 0) == 1
-    chosen = tl.sum(tl.where(is_it, own, 0), 0)
+    passed = tl.load(passes + begin + at, mask=at < count, other=0) != 0
+    accepted = tl.minimum(tl.min(tl.where(passed, ROWS, at), 0), count)
+    row = begin + accepted
+    is_left = accepted < count
+    by_race = is_left & (tl.load(is_tested + row, mask=is_left, other=0) != 0)
+    by_race = by_race & (tl.load(temperatures + row, mask=is_left, other=0.0) > 0.0)
     tl.store(num_accepted + seq, accepted)
-    tl.store(next_token + seq, tl.where(accepted < count, chosen, -1).to(tl.int64))
-    tl.store(failed_row + seq, tl.where(needs_race, begin + accepted, -1))
-    tl.store(normaliser + seq, tl.sum(tl.where(is_it, total, 0.0), 0))
+    tl.store(next_token + seq, tl.load(best_id + row, mask=is_left, other=-1).to(tl.int64))
+    tl.store(failed_row + seq, tl.where(by_race, row, -1))
 
 
 @triton.jit
@@ -130,7 +139,7 @@ def _residual(
     logits,
     tops,
     failed_row,
-    normaliser,
+    normalisers,
     proposal_ids,
     proposal_probs,
     seeds,
@@ -155,7 +164,7 @@ def _residual(
         first = block * BLOCK
         ids = first + tl.arange(0, BLOCK)
         x = load_block(logits, row, stride, ids, 0, num_valid, num_valid, cuts, last_ids, IS_CUT)
-        p = tl.exp((x - tl.load(tops + row)) / tl.load(temperatures + row)) / tl.load(normaliser + seq)
+        p = tl.exp((x - tl.load(tops + row)) / tl.load(temperatures + row)) / tl.load(normalisers + row)
         rest = p
         for entry in range(ENTRIES):
             proposed = tl.load(proposal_ids + row * ENTRIES + entry)
@@ -212,9 +221,10 @@ def verify(
     num_seqs, device = len(row_start_S1) - 1, logits_RV.device
     valid = size if num_valid is None else min(size, num_valid)
     assert proposal_ids_RK.shape == proposal_probs_RK.shape == (rows, NUM_ENTRIES)
-    is_tested = (is_rejection_R & (tested_R >= 0)).to(torch.int32)
+    is_tested = (tested_R >= 0).logical_and_(is_rejection_R)
     # A tested row's race is without noise: it finds the largest logit, and the greedy token.
-    heats = draws.temperatures_R.masked_fill(is_tested != 0, 0.0)
+    heats = draws.temperatures_R.masked_fill(is_tested, 0.0)
+    is_tested = is_tested.view(torch.int8)
     best, ids = race(logits_RV, dataclasses.replace(draws, temperatures_R=heats), num_valid=valid)
     num_blocks = best.shape[1]
     tops, own = reduce(best, ids)
@@ -226,23 +236,27 @@ def verify(
         logits_RV, tops, sums, draws.temperatures_R, is_tested, cuts, last_ids, logits_RV.stride(0), valid,
         IS_CUT=is_cut, BLOCK=BLOCK,
     )  # fmt: skip
-    accepted = torch.empty(num_seqs, dtype=torch.int32, device=device)
-    token = torch.empty(num_seqs, dtype=torch.int64, device=device)
-    failed = torch.empty(num_seqs, dtype=torch.int32, device=device)
-    normaliser = torch.empty(num_seqs, dtype=torch.float32, device=device)
     keys = (draws.seeds_R, draws.positions_R, draws.samples_R, draws.temperatures_R, cuts, last_ids)
     proposals = (proposal_ids_RK, proposal_probs_RK)
     candidates = triton.next_power_of_2(num_blocks)
+    passes = torch.empty(rows, dtype=torch.int32, device=device)
+    normalisers = torch.empty(rows, dtype=torch.float32, device=device)
+    _test[(rows,)](
+        logits_RV, tops, own, sums, tested_R, is_tested, *proposals, *keys, passes, normalisers,
+        logits_RV.stride(0), valid, num_blocks,
+        PURPOSE=_TEST, IS_CUT=is_cut, CANDIDATES=candidates, ENTRIES=NUM_ENTRIES, num_warps=1,
+    )  # fmt: skip
+    accepted = torch.empty(num_seqs, dtype=torch.int32, device=device)
+    token = torch.empty(num_seqs, dtype=torch.int64, device=device)
+    failed = torch.empty(num_seqs, dtype=torch.int32, device=device)
     _accept[(num_seqs,)](
-        logits_RV, tops, own, sums, row_start_S1, tested_R, is_tested, *proposals, *keys,
-        accepted, token, failed, normaliser, logits_RV.stride(0), valid, num_blocks,
-        PURPOSE=_TEST, IS_CUT=is_cut, ROWS=triton.next_power_of_2(max_rows), CANDIDATES=candidates,
-        ENTRIES=NUM_ENTRIES,
+        row_start_S1, own, passes, is_tested, draws.temperatures_R, accepted, token, failed,
+        ROWS=max(_FEWEST_ROWS, triton.next_power_of_2(max_rows)), num_warps=1,
     )  # fmt: skip
     best2 = torch.empty((num_seqs, 2, num_blocks), dtype=torch.float32, device=device)
     ids2 = torch.empty((num_seqs, 2, num_blocks), dtype=torch.int32, device=device)
     _residual[(num_seqs, num_blocks)](
-        logits_RV, tops, failed, normaliser, *proposals, *keys, best2, ids2, logits_RV.stride(0), valid,
+        logits_RV, tops, failed, normalisers, *proposals, *keys, best2, ids2, logits_RV.stride(0), valid,
         PURPOSE=_RESIDUAL, IS_CUT=is_cut, ENTRIES=NUM_ENTRIES, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     _settle[(num_seqs,)](failed, best2, ids2, token, num_blocks, CANDIDATES=candidates)

@@ -1,8 +1,8 @@
 """Rounds of plain decoding on the target's device: a pass, its verdict, and the next pass queued right behind it.
 
-Plain: `coupled` rows whose logits need no penalty, bias or mask. The host fills a round in one copy and waits once, for
-the verdict; or it lets :meth:`Verification.go_on` make the next round's input on the device, and then the device goes
-from verdict to forward pass without the host. Knows passes, windows and verdicts; knows no requests or messages.
+Plain: rows of either rule whose logits need no penalty, bias or mask. The host fills a round in one copy and waits
+once, for the verdict; or it lets :meth:`Verification.go_on` make the next round's input on the device, and then the
+device goes from verdict to forward pass without the host. Knows passes, windows and verdicts; knows no requests.
 
 Shapes: S sequences, T rows, W the widest window.
 """
@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from pearl_ray.core.phases import Proposal
 from pearl_ray.core.sampling import Row
 from pearl_ray.kernels.advance import RoundInput, RoundState, advance, place
-from pearl_ray.kernels.sampler import RowDraws, Sampler, draw_columns, filter_flags
+from pearl_ray.kernels.sampler import Proposals, RowDraws, Sampler, draw_columns, filter_flags
 from pearl_ray.model.batching import Entry
 from pearl_ray.model.draft_steps import DRAWS
 from pearl_ray.model.passes import QUERY_BUCKETS, SEQUENCE_BUCKETS, PassRunner, Shape, padded
+from pearl_ray.model.proposals import ProposalRows
 from pearl_ray.model.staging import Staging
 
 
@@ -34,6 +37,7 @@ class Decoding(NamedTuple):
         tested: the drafted tokens that the first rows test, as far as they are known before the pass.
         tests_newest: whether the row behind those tests the first token of the window that is being drafted.
         width: w, tokens that the draft makes this round.
+        is_rejection: the rule.
     """
 
     entry: Entry
@@ -41,6 +45,7 @@ class Decoding(NamedTuple):
     tested: Sequence[int]
     tests_newest: bool
     width: int
+    is_rejection: bool = False
 
 
 class Verification:
@@ -67,7 +72,10 @@ class Verification:
         self._found = torch.zeros((2, seqs), dtype=torch.int32, pin_memory=self._is_cuda)
         self._verdict: tuple[torch.Tensor, torch.Tensor] | None = None
         self._shape = self._next_shape = Shape(0, 0, 0)
+        self._proposals = ProposalRows(rows, device)
         self._count, self._seq_ids = 0, list[int]()
+        # Per sequence: its rule and width; rows of the pass under way, and how many of them test a token.
+        self._rejects, self._widths, self._num_rows, self._num_tested = list[bool](), *(list[int]() for _ in range(3))
         self._flags = {"is_filtered": False, "has_both": False}
         # (begin, end) of the last passes: the one judged, the one before it, and the one queued ahead.
         self._timers: list[Any] = [tuple(_events(2, self._is_cuda, timed=True)) for _ in range(3)]
@@ -91,7 +99,7 @@ class Verification:
         host["row_positions"][:total] += (np.arange(total) - starts[of_row]).astype(np.int32)
         host["tested"][:] = -1
         host["newest_rows"][:] = trash
-        for index, (entry, _, tested, tests_newest, width) in enumerate(sequences):
+        for index, (entry, _, tested, tests_newest, width, _) in enumerate(sequences):
             start, pending = int(starts[index]), len(entry.tokens) - 1
             host["tested"][start : start + len(tested)] = tested
             if tests_newest:
@@ -103,14 +111,22 @@ class Verification:
         shape = self._runner.fill([item.entry for item in sequences])
         self._count, self._flags = count, filter_flags(rows)
         self._seq_ids = [item.entry.seq_id for item in sequences]
-        bound = sum(max(item.width, 1) for item in sequences)
-        longest = max((item.width for item in sequences), default=1)
+        self._rejects, self._widths = [item.is_rejection for item in sequences], [item.width for item in sequences]
+        self._num_rows, self._num_tested = per_seq, [len(item.tested) + item.tests_newest for item in sequences]
+        bound = sum(max(width, 1) for width in self._widths)
+        longest = max(self._widths, default=1)
         self._next_shape = self._runner.shape(min(bound, trash), count, max(longest, 1))
         self.num_filled += 1
         self._queue(shape)
 
-    def judge(self, drafted: Sequence[Sequence[int]]) -> None:
-        """Queue the verdict on the pass under way; ``drafted``: the window of this round, per sequence."""
+    def judge(self, drafted: Sequence[Sequence[int]], proposals: Sequence[Sequence[Proposal]]) -> None:
+        """Queue the verdict on the pass under way.
+
+        Args:
+            drafted: the window of this round, per sequence.
+            proposals: per sequence what each token that it tests now was drawn from, pending ones first; none if it is
+                `coupled`.
+        """
         host = self._drafted.host["drafted"]
         for index, tokens in enumerate(drafted):
             host[index, : len(tokens)] = tokens
@@ -120,11 +136,19 @@ class Verification:
         draws = RowDraws(*(device[f"row_{name}"][: shape.rows] for name, _ in DRAWS), **self._flags)
         starts = self._runner.arrays.device["query_start"][: count + 1]
         logits_RV, tested = self._runner.logits_RV[: shape.rows], device["tested"][: shape.rows]
-        self._verdict = self._sampler.judge(logits_RV, draws, starts, tested, shape.query)
+        sent = self._send(proposals, shape.rows)
+        self._verdict = self._sampler.judge(logits_RV, draws, starts, tested, shape.query, sent)
         for found, told in zip(self._found, self._verdict, strict=True):
             found[:count].copy_(told, non_blocking=True)
         if self._is_cuda:
             self._done.record()
+
+    def _send(self, proposals: Sequence[Sequence[Proposal]], num_rows: int) -> Proposals | None:
+        """Queue the copy of what the tokens tested now were drawn from; None where no sequence tests by `rejection`."""
+        due = [count if by_it else 0 for count, by_it in zip(self._num_tested, self._rejects, strict=True)]
+        assert [len(some) for some in proposals] == due, "a tested token without its proposal, or another round's"
+        starts = [0, *accumulate(self._num_rows)][:-1]
+        return self._proposals.send(num_rows, starts, proposals) if any(due) else None
 
     def go_on(self, blocks: Sequence[Sequence[int]]) -> None:
         """Queue the next round's pass behind the verdict: same sequences, same widths, nothing clipped.
@@ -146,17 +170,21 @@ class Verification:
         device, inputs, runner = self._arrays.device, self._runner.arrays, self._runner
         for array in (*self._arrays.host.values(), *inputs.host.values()):
             array[:] = 0
+        self._arrays.host["row_top_ps"][:] = 1
         self._arrays.host["newest_rows"][:] = runner.max_rows
         self._arrays.upload()
         inputs.upload()
         columns = [device[f"row_{name}"][:1] for name, _ in DRAWS]
         starts, tested, logits_RV = inputs.device["query_start"][:2], device["tested"][:1], runner.logits_RV[:1]
+        most = padded(longest, QUERY_BUCKETS)
+        sent = self._proposals.send(1, [], [])
         for flags in ((False, False), (True, False), (True, True)):
             self._sampler.judge(logits_RV, RowDraws(*columns, *flags), starts, tested, 1)
+            self._sampler.judge(logits_RV, RowDraws(*columns, *flags), starts, tested, most, sent)
         # What needs penalties, masks or probabilities is judged in float32.
         self._sampler.judge(logits_RV.float(), RowDraws(*columns), starts, tested, 1)
         rows = 2
-        while rows < 2 * padded(longest, QUERY_BUCKETS):
+        while rows < 2 * most:
             self._sampler.judge(logits_RV, RowDraws(*columns), starts, tested, rows)
             rows *= 2
         self._count, self._next_shape = 1, runner.shape(1, 1, 1)
@@ -197,6 +225,9 @@ class Verification:
             self._runner.wait(self._done)
         self.num_waits += 1
         accepted, tokens = self._found[:, :count].tolist()
+        # The rows of the next pass, if it is queued ahead (``advance``); all of them test, but AR's.
+        self._num_rows = [1 if token >= 0 else width for token, width in zip(tokens, self._widths, strict=True)]
+        self._num_tested = [rows if width else 0 for rows, width in zip(self._num_rows, self._widths, strict=True)]
         return list(zip(accepted, tokens, strict=True))
 
     def times(self, behind: int = 0) -> tuple[float, float]:

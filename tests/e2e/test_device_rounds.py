@@ -10,9 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from pearl_ray.actors import device_target
 from pearl_ray.actors.device import profile, warm_up_rejection
 from pearl_ray.actors.device_target import DeviceTargetLoop
 from pearl_ray.core.params import SamplingParams, StructuredOutputsParams
+from pearl_ray.core.schedule import RoundPlan
 from pearl_ray.core.windows import WindowPolicy
 from pearl_ray.model.graphs import GraphPool
 from pearl_ray.model.passes import SEQUENCE_BUCKETS, Shape, padded
@@ -110,16 +112,83 @@ def test_filters_run_ahead_too(tiny_dirs, prompts):
         assert engine.target_loops[0].num_ahead > 0
 
 
-@pytest.mark.parametrize("mode", ["pearl", "sd"])
-def test_the_rejection_rule_draws_what_the_hosts_rounds_draw(tiny_dirs, prompts, mode):
-    params = [
-        SamplingParams(temperature=1.0, seed=i, max_tokens=NUM_TOKENS, verification=rule, top_k=k)
-        for i, (rule, k) in enumerate(
-            [("rejection", 0), ("coupled", 0), ("rejection", 6), ("coupled", 4), ("rejection", 0)]
-        )
-    ]
-    expected = answers(tiny_dirs, prompts, params, mode=mode)
-    assert answers(tiny_dirs, prompts, params, mode=mode, on_device=True) == expected
+MIXED = [
+    {"verification": "rejection"},
+    {"temperature": 0.5},
+    {"verification": "rejection", "top_k": 6, "top_p": 0.75, "draft_temperature": 0.5},
+    {"top_k": 4},
+    {"verification": "rejection", "temperature": 0.0},
+]
+ALONE = [MIXED[0], MIXED[2], MIXED[4], {"verification": "rejection", "min_p": 0.125}, MIXED[0]]
+
+
+def rejecting(kinds: list[dict[str, object]], most: int = NUM_TOKENS) -> list[SamplingParams]:
+    return [SamplingParams(seed=i, max_tokens=most, **kind) for i, kind in enumerate(kinds)]  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def judged_by_host(monkeypatch) -> list[RoundPlan]:
+    """The rounds with the host between pass and verdict."""
+    plans: list[RoundPlan] = []
+    judge = DeviceTargetLoop._judge
+
+    def noting(loop: DeviceTargetLoop, plan: RoundPlan, *rest: object) -> list[tuple[int, int]]:
+        plans.append(plan)
+        return judge(loop, plan, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DeviceTargetLoop, "_judge", noting)
+    return plans
+
+
+SHAPES = [(kinds, mode, window) for kinds in (ALONE, MIXED) for mode in ("pearl", "sd") for window in (1, 4, 8)]
+QUICK = [(ALONE, "pearl", 8), (ALONE, "sd", 4), (MIXED, "pearl", 1), (MIXED, "pearl", 4), (MIXED, "sd", 8)]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "mode", "window"),
+    [pytest.param(*shape, marks=() if shape in QUICK else pytest.mark.slow) for shape in SHAPES],
+    ids=[f"{'alone' if kinds is ALONE else 'mixed'}-{mode}-{window}" for kinds, mode, window in SHAPES],
+)
+def test_the_rejection_rule_draws_what_the_hosts_rounds_draw(tiny_dirs, prompts, judged_by_host, kinds, mode, window):
+    params = rejecting(kinds)
+    options = {"mode": mode, "window": window, "num_blocks": 128}
+    expected = answers(tiny_dirs, prompts, params, **options)
+    with LocalEngine(tiny_dirs, on_device=True, **options, **IN_STEP) as engine:
+        assert texts(engine, prompts, params) == expected
+        [loop] = engine.target_loops
+    verification = loop.verification
+    assert verification.num_advanced == loop.num_ahead and (loop.num_ahead > 0) == (mode == "pearl")
+    assert verification.num_waits == verification.num_filled + verification.num_advanced > 0
+    # Only rounds with a prompt take the host.
+    assert all(any(work.num_drafted == work.num_tested == 0 for work in plan.works) for plan in judged_by_host)
+
+
+def test_the_rejection_rules_text_is_the_same_ahead_in_turn_and_by_the_host(tiny_dirs, prompts, monkeypatch):
+    params = rejecting(MIXED, most=24)
+    expected = answers(tiny_dirs, prompts, params)
+    for free_rows in (128, 0):
+        with LocalEngine(tiny_dirs, on_device=True, target_tp=2, **IN_STEP) as engine:
+            engine.wait_until_up()
+            for loop in engine.target_loops:
+                loop.free_rows = free_rows
+            assert texts(engine, prompts, params) == expected
+            assert (loop.num_ahead > 0) == (free_rows > 0) and loop.verification.num_filled > 0
+    monkeypatch.setattr(device_target, "_draws_plainly", lambda sequence: False)
+    with LocalEngine(tiny_dirs, on_device=True) as engine:
+        assert texts(engine, prompts, params) == expected
+        assert engine.target_loops[0].verification.num_filled == 0
+
+
+def test_proposals_of_pending_tokens_outlive_rounds_that_take_the_host(tiny_dirs, prompts):
+    """Prompts come between rounds queued ahead, and a neighbour that needs the host comes and goes."""
+    params = rejecting(MIXED)
+    params[3] = SamplingParams(seed=3, max_tokens=6, logprobs=1)
+    many, wishes = [*prompts, [7] * 60, *prompts], [*params, params[0], *params]
+    options = {"max_num_batched_tokens": 24, "max_num_seqs": 4, "num_blocks": 128}
+    expected = answers(tiny_dirs, many, wishes, **options)
+    with LocalEngine(tiny_dirs, on_device=True, **options, **IN_STEP) as engine:
+        assert texts(engine, many, wishes) == expected
+        assert engine.target_loops[0].num_ahead > 0
 
 
 def test_preemption_among_rounds_queued_ahead_doesnt_change_the_text(tiny_dirs, prompts):
@@ -205,6 +274,7 @@ def test_what_is_warmed_up_leaves_cache_and_text_alone(tiny_dirs, prompts):
             with torch.inference_mode():
                 parts.runner.warm_up()
                 if parts.verification is not None:
+                    parts.verification.warm_up(9)
                     warm_up_rejection(parts, 9)
             assert all(torch.equal(a, b) for a, b in zip(before, parts.runner._cache.k, strict=True))
         assert texts(engine, prompts, params) == expected

@@ -155,6 +155,27 @@ def test_mixed_verdicts_are_the_references(likeness: float) -> None:
     assert got == [(v.num_accepted, v.token) for v in expected]
 
 
+def test_a_verdict_is_the_same_alone_and_beside_longer_windows() -> None:
+    lengths = [1, 5, 2] if INTERPRETING else [1, 9, 2, 40, 3, 17, 1, 64]
+    params = [FILTERS[i % len(FILTERS)] for i in range(sum(lengths))]
+    rows = rows_of(params)
+    target = fresh(len(rows), VOCAB, scale=2.0)
+    draft = target + fresh(len(rows), VOCAB, scale=0.05)
+    tested, ids, probs = propose(draft, draws_of(rows, cuts_of(draft, params)))
+
+    def verdicts(begin: int, counts: list[int]) -> list[tuple[int, int]]:
+        at = slice(begin, begin + sum(counts))
+        draws = draws_of(rows[at], cuts_of(target[at], params[at]))
+        starts = torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32, device=DEVICE)
+        rule = torch.ones(sum(counts), dtype=torch.bool, device=DEVICE)
+        found = rejection.verify(target[at], draws, starts, tested[at], rule, ids[at], probs[at], max(counts))
+        return list(zip(*(some.tolist() for some in found), strict=True))
+
+    together = verdicts(0, lengths)
+    starts = np.cumsum([0, *lengths]).tolist()
+    assert together == [verdicts(start, [count])[0] for start, count in zip(starts, lengths, strict=False)]
+
+
 @pytest.mark.skipif(INTERPRETING, reason="many draws")
 @pytest.mark.parametrize(
     "params", [SamplingParams(temperature=0.9), SamplingParams(temperature=1.2, top_p=0.85)], ids=str

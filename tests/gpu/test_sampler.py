@@ -16,7 +16,9 @@ from pearl_ray.core.sampling import Row
 from pearl_ray.core.verify import Segment
 from pearl_ray.kernels.sampler import TorchSampler, draws_of, judge_segments
 from pearl_ray.kernels.sampler_triton import TritonSampler
+from tests.distribution import PADDED, VOCAB
 from tests.thread_group import on_ranks
+from tests.verification_machine import members, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason=REASON)]
 
@@ -76,6 +78,18 @@ def test_proposals_are_the_hosts(kind, ranks):
     found = sharded(lambda sampler, local: sampler.propose(local, draws_of(rows, DEVICE)), logits, ranks)
     assert found[0].tolist() == tokens.tolist() and found[1].tolist() == ids.tolist()
     torch.testing.assert_close(found[2], probs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["pearl", "sd"])
+def test_rounds_through_the_kernels_give_the_hosts_text(mode):
+    """``Verification`` and all behind it, rules mixed; in PEARL the rounds are queued ahead."""
+    kinds = [(params, i % 3 > 0, 1 + i % 4) for i, params in enumerate(PARAMS["mixed"])]
+    found, expected = members(5, kinds), members(5, kinds)
+    sampler = TritonSampler(SingleGroup(), [PADDED], VOCAB)
+    verification = run(found, mode, DEVICE, num_rounds=3, with_host=True, sampler=sampler)
+    assert verification.num_waits == 3 and verification.num_advanced == (2 if mode == "pearl" else 0)
+    run(expected, mode, torch.device("cpu"), num_rounds=3)
+    assert [member.tokens for member in found] == [member.tokens for member in expected]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
