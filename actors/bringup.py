@@ -38,6 +38,7 @@ from pearl_ray.cluster.placement import Bundle
 from pearl_ray.cluster.shm import arena_path
 from pearl_ray.core.errors import OutOfMemoryError
 from pearl_ray.core.windows import StepCosts
+from pearl_ray.model.graphs import GraphFigures
 from pearl_ray.model.loading import Models
 from pearl_ray.model.memory import Measured, Place, num_cache_blocks, tensor_parallel_size_for
 
@@ -60,7 +61,11 @@ class BridgeChoice:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A deployment that is up: its shards, the sizes that were decided, what was measured."""
+    """A deployment that is up: its shards, the sizes that were decided, what was measured.
+
+    Attributes:
+        graphs: what CUDA graphs have cost, per model the most of any rank; empty on CPUs.
+    """
 
     shards: dict[ShardId, ActorHandle]
     infos: dict[ShardId, ShardInfo]
@@ -69,6 +74,7 @@ class Deployment:
     costs: StepCosts | None
     endpoints: dict[ShardId, str]
     bridge: BridgeChoice | None = None
+    graphs: dict[Role, GraphFigures] = field(default_factory=dict)
 
 
 def place(spec: DeploymentSpec, group: PlacementGroup, bundles: Sequence[Bundle]) -> dict[ShardId, ActorHandle]:
@@ -124,10 +130,11 @@ class BringUp:
         num_blocks = _num_blocks(self._spec, self._infos, measured, max_model_len)
         await self._all(lambda shard, key: shard.allocate.remote(num_blocks, models.num_valid[key[0]], max_model_len))
         costs = await self._measure(num_blocks)
+        graphs = await self._graphs()
         self.phase = "connecting"
         endpoints = await self._connect(open_inbox, folder)
         self.phase = "ready"
-        return Deployment(self._shards, self._infos, num_blocks, max_model_len, costs, endpoints, bridge)
+        return Deployment(self._shards, self._infos, num_blocks, max_model_len, costs, endpoints, bridge, graphs)
 
     async def progress(self) -> tuple[int, int]:
         """Layers loaded and in all, summed over the shards."""
@@ -178,6 +185,15 @@ class BringUp:
             profiles: list[Profile] = await asyncio.gather(*(shard.profile.remote(num_blocks) for shard in ranks))
             seconds[role] = {size: max(p.seconds[size] for p in profiles) for size in profiles[0].seconds}
         return StepCosts(seconds["target"], seconds["draft"])
+
+    async def _graphs(self) -> dict[Role, GraphFigures]:
+        """What CUDA graphs have cost, once all are made."""
+        found = await self._all(lambda shard, _: shard.graphs.remote())
+        of_role: dict[Role, list[GraphFigures]] = {role: [] for role in self._spec.roles}
+        for (role, _), figures in found.items():
+            if isinstance(figures, GraphFigures):
+                of_role[role].append(figures)
+        return {role: GraphFigures.most(figures) for role, figures in of_role.items() if figures}
 
     async def _connect(self, open_inbox: Callable[[str | None, str], str], folder: str) -> dict[ShardId, str]:
         keys = list(self._shards)

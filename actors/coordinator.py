@@ -22,6 +22,7 @@ from pearl_ray.actors import report
 from pearl_ray.actors.bringup import BringUp, Deployment, place
 from pearl_ray.actors.clients import Batch, Clients
 from pearl_ray.actors.intake import Intake, Prompt
+from pearl_ray.actors.logs import log_to_stderr
 from pearl_ray.actors.spec import DeploymentSpec
 from pearl_ray.actors.trace import chrome_trace
 from pearl_ray.cluster.channels import Inbox, Outbox
@@ -50,6 +51,7 @@ class CoordinatorActor:
     """See the module. All methods are called through Ray; prompts are text, token ids, or a list of chat messages."""
 
     def __init__(self, spec: DeploymentSpec, bundles: Sequence[Bundle], group: PlacementGroup) -> None:
+        log_to_stderr()
         self._spec = spec
         self._bundles = list(bundles)
         self._placement = group

@@ -13,8 +13,12 @@ from pearl_ray.core.statistics import Statistics
 
 
 def status(spec: DeploymentSpec, deployment: Deployment | None, controller: Controller | None) -> dict[str, object]:
-    """Models, shards with their processes, and what runs; what isn't up yet is None or empty."""
+    """Models, shards with their processes, and what runs; what isn't up yet is None or empty.
+
+    ``graphs``: what CUDA graphs have cost, per model the most of any rank; None on CPUs.
+    """
     infos = deployment.infos.values() if deployment is not None else ()
+    graphs = deployment.graphs if deployment is not None else {}
     return {
         "name": spec.name,
         "mode": spec.mode,
@@ -29,6 +33,7 @@ def status(spec: DeploymentSpec, deployment: Deployment | None, controller: Cont
         "max_model_len": deployment.max_model_len if deployment else None,
         "kv_cache_blocks": deployment.num_blocks if deployment else None,
         "bridge": dataclasses.asdict(deployment.bridge) if deployment and deployment.bridge else None,
+        "graphs": {role: dataclasses.asdict(figures) for role, figures in graphs.items()} or None,
         "shards": [dataclasses.asdict(info) for info in infos],
         "num_requests_running": controller.num_running if controller else 0,
         "num_requests_waiting": controller.num_waiting if controller else 0,

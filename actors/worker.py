@@ -19,6 +19,7 @@ from pearl_ray.actors.device_target import DeviceTargetLoop
 from pearl_ray.actors.draft_loop import DraftLoop
 from pearl_ray.actors.epochs import Epochs, FollowerEpochs, LeaderEpochs
 from pearl_ray.actors.grammars import Grammars
+from pearl_ray.actors.logs import log_to_stderr
 from pearl_ray.actors.spec import (
     DeploymentSpec,
     GroupWiring,
@@ -39,6 +40,7 @@ from pearl_ray.core.windows import MAX_WINDOW
 from pearl_ray.kernels.sampler import make_sampler
 from pearl_ray.model.batching import Entry
 from pearl_ray.model.grammar import GrammarCompiler
+from pearl_ray.model.graphs import GraphFigures
 from pearl_ray.model.loading import LoadedModel, load_model, model_path
 from pearl_ray.model.memory import Measured, ShardUsage
 from pearl_ray.model.runner import ModelRunner
@@ -63,6 +65,7 @@ class ShardWorker:
     """
 
     def __init__(self, spec: DeploymentSpec, role: Role, rank: int) -> None:
+        log_to_stderr()
         self.spec = spec
         self.role: Role = role
         self.rank = rank
@@ -238,6 +241,10 @@ class ShardWorker:
                 times.append(time.monotonic() - began)
             seconds[size] = min(times)
         return Profile(seconds=seconds)
+
+    def graphs(self) -> GraphFigures | None:
+        """What capturing CUDA graphs has cost this rank, those of :meth:`profile` included; None on a CPU."""
+        return self.parts.runner.graphs.figures if self.parts is not None else None
 
     # -- the rounds -------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ import torch
 from benchmarks.hot_pieces import copy_bandwidth, pieces
 from benchmarks.prompts import read_prompts
 from pearl_ray import PearlConfig, PearlEngine, SamplingParams
+from pearl_ray.commands.status import rows as figures_of
 from pearl_ray.core.messages import DraftSummary, RoundSummary
 from pearl_ray.core.outputs import RequestOutput
 
@@ -243,6 +244,9 @@ def main() -> None:
         if not wanted & set(only):
             continue
         with engine_of(args, mode, max(batches)) as engine:
+            graphs = {"graphs": engine.status()["graphs"]}
+            print(f"{mode}: " + ("; ".join(": ".join(row) for row in figures_of(graphs)) or "no CUDA graphs"))
+            report[f"{mode} graphs"] = graphs["graphs"]
             if mode == "pearl" and "correctness" in only:
                 report["correctness"] = [correctness(args, engine, batch) for batch in batches]
             if mode == "sd" or "rounds" in only:

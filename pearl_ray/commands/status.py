@@ -57,13 +57,21 @@ def rows(found: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]
     table: list[tuple[str, str]] = []
     for key, value in found.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
+        if key == "graphs" and isinstance(value, Mapping):
+            table += [(f"{role} CUDA graphs", _graphs(figures)) for role, figures in value.items()]
+        elif isinstance(value, Mapping):
             table += rows(value, f"{name}.")
         elif key == "shards" and isinstance(value, list):
             table += [(f"{s['role']} shard {s['rank']}", f"{s['device']}, pid {s['pid']} on {s['ip']}") for s in value]
         elif value is not None:
             table.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
     return table
+
+
+def _graphs(f: Mapping[str, float]) -> str:
+    """What one model's CUDA graphs have cost."""
+    left_out = f", {f['num_skipped']} left out by the budget" if f["num_skipped"] else ""
+    return f"{f['num_captured']} in {f['seconds']:.1f} s and {f['bytes'] / 2**30:.2f} GiB{left_out}"
 
 
 @click.command()

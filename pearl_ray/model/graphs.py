@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -15,6 +16,21 @@ logger = logging.getLogger(__name__)
 _GRAPH_BYTES = 32 << 20  # of one graph in the driver's memory and of the kernels loaded for it, at most
 
 
+@dataclass(frozen=True, slots=True)
+class GraphFigures:
+    """What capturing has cost; ``num_skipped``: graphs that the budget had no room for, whose passes run without."""
+
+    num_captured: int
+    num_skipped: int
+    seconds: float
+    bytes: int
+
+    @staticmethod
+    def most(figures: Iterable[GraphFigures]) -> GraphFigures:
+        """Of several ranks' (one at least): of each figure the largest."""
+        return GraphFigures(*(max(column) for column in zip(*map(astuple, figures), strict=True)))
+
+
 class GraphPool:
     """Runs functions whose tensors all have fixed addresses: by replay of a CUDA graph where there is one.
 
@@ -23,6 +39,7 @@ class GraphPool:
 
     Attributes:
         num_captured, seconds, bytes: what capturing has cost; without the compiling of kernels.
+        figures: the same and what was left out.
         num_replayed, num_called: runs either way.
     """
 
@@ -40,6 +57,7 @@ class GraphPool:
         self._enabled = enabled and device.type == "cuda"
         self._budget_s, self._budget_bytes = budget_s, budget_bytes
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._skipped: set[Hashable] = set()
         self._pool: object = None
         self._stream: torch.cuda.Stream | None = None  # one for all: what the allocator keeps, it keeps per stream
         self.num_captured = self.num_replayed = self.num_called = self.bytes = 0
@@ -50,6 +68,7 @@ class GraphPool:
         if not self._enabled or key in self._graphs:
             return key in self._graphs
         if not self._agree(self.seconds < self._budget_s and self.bytes < self._budget_bytes):
+            self._skipped.add(key)
             return False
         free = torch.cuda.mem_get_info(self._device)[0]
         reserved = torch.cuda.memory_reserved(self._device)
@@ -88,8 +107,13 @@ class GraphPool:
             self.num_replayed += 1
             graph.replay()
 
+    @property
+    def figures(self) -> GraphFigures:
+        """What capturing has cost so far; all 0 without graphs."""
+        return GraphFigures(self.num_captured, len(self._skipped), self.seconds, self.bytes)
+
     def log(self, what: str) -> None:
         """Say what capturing has cost."""
-        logger.info(
-            "%s: %d CUDA graphs in %.1f s and %.2f GiB", what, self.num_captured, self.seconds, self.bytes / 2**30
-        )
+        f = self.figures
+        text = "%s: %d CUDA graphs in %.1f s and %.2f GiB, %d left out by the budget"
+        logger.info(text, what, f.num_captured, f.seconds, f.bytes / 2**30, f.num_skipped)

@@ -89,6 +89,13 @@ def test_actors_get_as_much_of_the_cpu_as_other_processes(engine):
     assert found == [os.nice(0)] * 3
 
 
+def test_actors_write_log_lines_to_their_stderr_and_status_has_no_graphs_on_cpus(engine):
+    status = engine.status()
+    written = Path(f"/proc/{status['coordinator_pid']}/fd/2").resolve()  # a file: Ray keeps it
+    assert written.read_text().count(" INFO pearl_ray.actors.bringup: the bridge goes over shm") == 1
+    assert status["graphs"] is None
+
+
 def test_a_request_without_a_seed_reports_the_one_it_drew_and_it_reproduces_the_text(engine):
     wild = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)  # two that end at once would be alike
     first, second = engine.generate([PROMPT, PROMPT], wild)

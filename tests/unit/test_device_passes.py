@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.sampling import Row
 from pearl_ray.core.verify import Segment, verify_sharded
 from pearl_ray.kernels.sampler import TorchSampler, draws_of, judge_segments
-from pearl_ray.model.graphs import GraphPool
+from pearl_ray.model.graphs import GraphFigures, GraphPool
 from pearl_ray.model.passes import PassRunner
 from pearl_ray.model.staging import Staging
 from pearl_ray.model.tables import LaneTables
@@ -88,6 +89,18 @@ def test_without_a_gpu_functions_are_called_as_they_come():
     assert not pool.capture("key", lambda: calls.append(0))
     pool.run("key", lambda: calls.append(1))
     assert calls == [1] and (pool.num_called, pool.num_replayed, pool.num_captured) == (1, 0, 0)
+    assert pool.figures == GraphFigures(0, 0, 0.0, 0), "nothing was left out, as nothing could be captured"
+
+
+def test_graphs_that_a_spent_budget_left_out_are_counted_once_each_and_called(caplog):
+    pool, calls = GraphPool(torch.device("cuda"), enabled=True, budget_s=0.0, budget_bytes=9), []
+    for key in ("one", "other", "one"):  # refused before a device is needed
+        assert not pool.capture(key, lambda: calls.append(0))
+    pool.run("one", lambda: calls.append(1))
+    assert calls == [1] and pool.figures == GraphFigures(0, 2, 0.0, 0)
+    with caplog.at_level(logging.INFO, "pearl_ray"):
+        pool.log("target")
+    assert caplog.messages == ["target: 0 CUDA graphs in 0.0 s and 0.00 GiB, 2 left out by the budget"]
 
 
 PARAMS = [
