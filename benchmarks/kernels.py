@@ -113,7 +113,7 @@ def bench_attention(copy: float, sweep: bool) -> None:
                 for stages in (2, 3, 4):
                     for warps in (4, 8):
                         changed = dataclasses.replace(plan, block=block, stages=stages, warps=warps)
-                        plans += [changed, dataclasses.replace(changed, splits=max(1, plan.splits // 2))]
+                        plans += [changed, dataclasses.replace(changed, parts=max(1, plan.parts // 2))]
         name = f"{batch} x {count} @ {context}, {num_q}/{num_kv} x {width}, {block_size}"
         moved = batch * 2 * context * num_kv * width * 2
         lines = []

@@ -1,7 +1,7 @@
 """The Triton kernels of paged attention: a tile of query rows against one sequence's keys. Knows no batches, no plans.
 
 A program takes one sequence, one KV head, up to ROWS query rows (tokens x the query heads of that KV head) and a part
-of the keys: each key and value is read once for all those rows. Parts of one sequence are joined by the program that
+of the keys: each key and value is read once for all those rows. Parts of one tile are joined by the program that
 ends last (JOIN_LAST), or by ``attention_join.join``. Softmax in float32 and base 2.
 
 Causal by index: query token i of n, in a sequence of L keys, sees keys up to L - n + i. With masks, a row sees every
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pearl_ray.kernels.attention_join import extent, part_rows, place, store_joined
+from pearl_ray.kernels.attention_join import extent, find, store_joined
 from pearl_ray.kernels.overlap import follow
 
 
@@ -91,13 +91,14 @@ def _step(
 
 
 # They vary with the batch and the plan: no compilation for each.
-@triton.jit(do_not_specialize=["num_kv", "num_seqs", "min_blocks", "alone_blocks", "table_stride"])
+@triton.jit(do_not_specialize=["num_kv", "num_parts", "min_blocks", "alone_blocks", "table_stride"])
 def attend(
     q,
     k_cache,
     v_cache,
     out,
     tables,
+    units,
     query_start,
     context_lens,
     head_start,
@@ -108,7 +109,7 @@ def attend(
     counters,
     scale,
     num_kv,
-    num_seqs,
+    num_parts,
     min_blocks,
     alone_blocks,
     q_stride_t,
@@ -130,31 +131,25 @@ def attend(
     ONE_LOOP: tl.constexpr,
     LATE_SUM: tl.constexpr,
     STAGES: tl.constexpr,
-    ARE_TILES: tl.constexpr,
+    HAS_UNITS: tl.constexpr,
 ):
-    """Grid (KV heads, units, splits): those that end at once, for short sequences, last.
-
-    Units are sequences, or (ARE_TILES) tiles of sequences, as ``place`` counts them.
-    """
+    """Grid (KV heads, units); see ``cut``."""
     TOKENS: tl.constexpr = ROWS // GROUP
-    kv_head, unit, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_splits = tl.num_programs(2)
+    kv_head = tl.program_id(0)
     keys, values = k_cache + kv_head.to(tl.int64) * stride_head, v_cache + kv_head.to(tl.int64) * stride_head
     first_head, head_end = tl.load(head_start + kv_head), tl.load(head_start + kv_head + 1)  # nobody's output
     follow()  # before the first return: who comes next waits for this kernel alone
-    seq, tile = unit, 0
-    if ARE_TILES:
-        seq, tile = place(query_start, num_seqs, unit, TOKENS)
-        if seq >= num_seqs:
-            return
-    table = tables + seq.to(tl.int64) * table_stride
-    begin, length, old, tile_end, per_split, used = extent(
-        query_start, context_lens, seq, tile, num_splits, min_blocks, alone_blocks, TOKENS, BLOCK, HAS_MASKS
+    seq, tile, part, slot, begin, length, context, per_part = find(
+        units, query_start, context_lens, tl.program_id(1), num_parts, min_blocks, HAS_UNITS, BLOCK
     )
-    if (tile * TOKENS >= length) | (split >= used):
+    if seq < 0:
         return
-    first = split * per_split * BLOCK
-    end = tl.minimum(first + per_split * BLOCK, tile_end)
+    old, table = context - length, tables + seq.to(tl.int64) * table_stride
+    tile_end, each, used = extent(tile, length, context, per_part, alone_blocks, TOKENS, BLOCK, HAS_MASKS)
+    if (length <= 0) | (part >= used):
+        return
+    first = part * each * BLOCK
+    end = tl.minimum(first + each * BLOCK, tile_end)
 
     # A block's pages are read while the block before it is computed: the pipeline would count a load that another one
     # waits for as a stage of its own, and hold one block of keys where it could hold two.
@@ -204,21 +199,17 @@ def attend(
     if used == 1:
         tl.store(out_at, acc.to(out.dtype.element_ty), mask=wanted)
     else:
-        before = tl.load(query_start).to(tl.int32)
-        here = begin - before + tl.minimum(token, length - 1)
-        at_row = part_rows(here, row % GROUP, num_kv, kv_head, num_splits, GROUP) + split
-        tl.store(partial + at_row[:, None] * DIM + dim[None, :], acc, mask=exists[:, None])
-        # log2(0) is -inf: a part that the row sees nothing of
-        tl.store(partial_top + at_row, top + tl.log2(total), mask=exists)
+        at_row = (((slot + part) * num_kv + kv_head) * ROWS + row).to(tl.int64)
+        tl.store(partial + at_row[:, None] * DIM + dim[None, :], acc)
+        tl.store(partial_top + at_row, top + tl.log2(total))  # log2(0) is -inf: a part that the row sees nothing of
         if JOIN_LAST:
             tl.debug_barrier()  # all threads' stores come before the one that publishes them
-            own = unit * num_kv + kv_head
-            if tl.atomic_add(counters + own, 1, sem="acq_rel") == used - 1:
+            counter = counters + slot * num_kv + kv_head
+            if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
                 for piece in range(ROWS // 16):  # four parts of a piece at a time fit the registers
                     some = piece * 16 + tl.arange(0, 16)
                     store_joined(
-                        out, partial, partial_top, num_splits, used, some, tile * TOKENS + some // GROUP, length,
-                        begin, before, num_kv, kv_head, first_head, head_end, out_stride_t, out_stride_h,
-                        HEAD_DIM, DIM, GROUP, ROWS,
+                        out, partial, partial_top, used, some, tile * TOKENS + some // GROUP, length, begin, slot,
+                        num_kv, kv_head, first_head, head_end, out_stride_t, out_stride_h, HEAD_DIM, DIM, GROUP, ROWS,
                     )  # fmt: skip
-                tl.store(counters + own, 0)
+                tl.store(counter, 0)

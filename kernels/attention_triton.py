@@ -14,18 +14,17 @@ import triton
 
 from pearl_ray.core.batch import ForwardBatch, StaticBatch
 from pearl_ray.core.errors import ConfigError
-from pearl_ray.kernels.attention_join import join
+from pearl_ray.kernels.attention_join import cut, join
 from pearl_ray.kernels.attention_kernel import attend
 from pearl_ray.kernels.attention_plan import (
     FIXED_ROWS,
     MAX_TILE,
-    SCRATCH_TILES,
     Plan,
     TritonMetadata,
     cut_up,
     make_fixed_plan,
     make_plan,
-    num_units,
+    scratch_tiles,
     slices,
 )
 from pearl_ray.kernels.kv_store import store_kv
@@ -162,7 +161,7 @@ class TritonAttention:
             self._launch(out_THD, q_THD, k_cache, v_cache, metadata, plan, self._scratch_for(q_THD.device))
             return out_THD
         plan = make_fixed_plan(metadata, head_dim)
-        rows_of_sequence = plan.tiles * num_kv * plan.splits * plan.rows
+        rows_of_sequence = num_kv * plan.parts // len(metadata.context_lens_S) * plan.rows
         scratch = self._scratch_for(q_THD.device, rows_of_sequence * triton.next_power_of_2(head_dim))
         fitting = min(len(scratch[0]) // triton.next_power_of_2(head_dim), len(scratch[1])) // rows_of_sequence
         for some in slices(metadata, fitting):
@@ -181,25 +180,26 @@ class TritonAttention:
     ) -> None:
         num_kv, head_dim = k_cache.shape[2], q_THD.shape[2]
         num_seqs, dim = len(metadata.context_lens_S), triton.next_power_of_2(head_dim)
-        units = num_units(metadata, plan.rows, plan.tiles)
         partial, partial_top, counters = scratch
         assert plan.rows <= 128 and plan.rows * dim <= MAX_TILE
-        is_joined_last = not plan.is_fixed and plan.splits * plan.rows * dim * 4 <= JOIN_LAST_BYTES
-        most_tokens = min(len(q_THD), num_seqs * metadata.max_query_len)
-        parts = most_tokens * num_kv * metadata.group_size * plan.splits
-        assert plan.splits == 1 or parts <= min(len(partial) // dim, len(partial_top))
-        assert plan.splits == 1 or not is_joined_last or units * num_kv <= len(counters)
-        has_masks = metadata.masks_T is not None
+        num_units, num_slots = plan.most_units(metadata), plan.most_slots(metadata)
+        assert num_slots * num_kv * plan.rows <= min(len(partial) // dim, len(partial_top))
+        part_bytes = plan.rows * dim * 4 * triton.cdiv(plan.parts, plan.most_tiles(metadata))
+        is_joined_last = not plan.is_fixed and plan.rows < 128 and part_bytes <= JOIN_LAST_BYTES
+        assert not is_joined_last or num_slots * num_kv <= len(counters)
+        has_masks, has_units = metadata.masks_T is not None, num_seqs > 1 or plan.tiles > 1
         shape = {"HEAD_DIM": head_dim, "DIM": dim, "GROUP": metadata.group_size, "ROWS": plan.rows, "BLOCK": plan.block}
-        shape |= {"HAS_MASKS": has_masks, "ARE_TILES": plan.tiles > 1}
+        shape |= {"HAS_MASKS": has_masks, "HAS_UNITS": has_units}
         least = max(1, plan.min_keys // plan.block)
         alone = triton.cdiv(plan.alone_keys, plan.block)
-        attend[(num_kv, units, plan.splits)](
+        units = self._units(metadata, plan, num_units, least, alone) if has_units else counters
+        attend[(num_kv, num_units)](
             q_THD,
             k_cache,
             v_cache,
             out_THD,
             metadata.block_tables_SB,
+            units,
             metadata.query_start_S1,
             metadata.context_lens_S,
             metadata.head_start_G1,
@@ -210,7 +210,7 @@ class TritonAttention:
             counters,
             head_dim**-0.5 * 1.4426950408889634,
             num_kv,
-            num_seqs,
+            plan.parts,
             least,
             alone,
             q_THD.stride(0),
@@ -231,17 +231,17 @@ class TritonAttention:
             **OVERLAPPED,
             enable_fp_fusion=not plan.is_fixed,  # else masked and unmasked blocks round differently
         )
-        if plan.splits > 1 and not is_joined_last:
-            some = 4
-            join[(plan.rows // some, num_kv, units)](
+        if num_slots and not is_joined_last:
+            some = 8 if plan.rows == 128 else 4
+            join[(plan.rows // some, num_kv, num_units)](
                 out_THD,
+                units,
                 metadata.query_start_S1,
                 metadata.context_lens_S,
                 metadata.head_start_G1,
                 partial,
                 partial_top,
-                num_seqs,
-                plan.splits,
+                plan.parts,
                 num_kv,
                 least,
                 alone,
@@ -254,6 +254,28 @@ class TritonAttention:
                 enable_fp_fusion=not plan.is_fixed,
             )
 
+    def _units(self, metadata: TritonMetadata, plan: Plan, num_units: int, least: int, alone: int) -> torch.Tensor:
+        """How the pass is cut, by the kernel ``cut``: once for all its layers."""
+        if plan not in metadata.cuts:
+            some, tokens = 64, plan.rows // metadata.group_size
+            units = torch.empty((1 + num_units, 8), dtype=torch.int32, device=metadata.query_start_S1.device)
+            cut[(triton.cdiv(num_units, some),)](
+                units,
+                metadata.query_start_S1,
+                metadata.context_lens_S,
+                len(metadata.context_lens_S),
+                plan.parts,
+                least,
+                alone,
+                num_units,
+                TOKENS=tokens,
+                BLOCK=plan.block,
+                SOME=some,
+                **OVERLAPPED,
+            )
+            metadata.cuts[plan] = units
+        return metadata.cuts[plan]
+
     def _scratch_for(self, device: torch.device, least: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Partial results, their log-sum-exps, and the counters (zero between launches), made once for all forwards.
 
@@ -261,13 +283,13 @@ class TritonAttention:
         don't fit, and the old is kept for the graphs that use it.
         """
         if device not in self._scratch or len(self._scratch[device][0]) < least:
-            programs = (8 if self._deterministic else SCRATCH_TILES) * num_multiprocessors(device)
-            programs = max(programs, triton.cdiv(least, MAX_TILE))
+            tiles = (4 if self._deterministic else 1) * scratch_tiles(num_multiprocessors(device))
+            tiles = max(tiles, triton.cdiv(least, MAX_TILE))
             self._retired.extend(self._scratch.pop(device, ()))
             self._scratch[device] = (
-                torch.empty((programs * MAX_TILE,), dtype=torch.float32, device=device),
-                torch.empty((programs * MAX_TILE // HEAD_DIMS[0],), dtype=torch.float32, device=device),
-                torch.zeros((programs * MAX_TILE // HEAD_DIMS[0] // 16,), dtype=torch.int32, device=device),
+                torch.empty((tiles * MAX_TILE,), dtype=torch.float32, device=device),
+                torch.empty((tiles * MAX_TILE // HEAD_DIMS[0],), dtype=torch.float32, device=device),
+                torch.zeros((tiles * MAX_TILE // HEAD_DIMS[0] // 16,), dtype=torch.int32, device=device),
             )
         return self._scratch[device]
 

@@ -10,7 +10,7 @@ linear map, I outputs of a gate.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -43,6 +43,17 @@ class LayerOps(Protocol):
         """Finds the fastest way of the linear maps of up to so many rows; before a CUDA graph is captured.
 
         ``gate_ups``: the weights for :meth:`gate_up_silu`; ``weights``: those for :meth:`linear`.
+        """
+
+    def settle_within(
+        self,
+        part: Callable[[int], Callable[[], object]],
+        weights: Iterable[torch.Tensor],
+        gate_ups: Iterable[torch.Tensor],
+    ) -> None:
+        """Decides between the ways that :meth:`settle` found about equally fast, by timing a part of the model's pass.
+
+        ``part``: of a number of rows makes the function that launches it; ``weights``, ``gate_ups``: of the maps in it.
         """
 
     def begin_pass(
@@ -118,6 +129,14 @@ class TorchLayerOps:
 
     def settle(self, weights: Iterable[torch.Tensor], num_rows: int, gate_ups: Iterable[torch.Tensor] = ()) -> None:
         """See ``LayerOps``: nothing to choose from."""
+
+    def settle_within(
+        self,
+        part: Callable[[int], Callable[[], object]],
+        weights: Iterable[torch.Tensor],
+        gate_ups: Iterable[torch.Tensor],
+    ) -> None:
+        """See ``LayerOps``."""
 
     def begin_pass(
         self, given: PassInput, embedding_VD: torch.Tensor | None, norm_weight_D: torch.Tensor, eps: float

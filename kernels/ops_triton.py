@@ -5,7 +5,7 @@ Nothing here waits for the device but :meth:`TritonLayerOps.settle`. Shapes as i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -40,6 +40,16 @@ class TritonLayerOps:
         """See ``LayerOps``. Compiles and measures each new shape: seconds; what isn't settled goes to cuBLAS."""
         if not self.deterministic:
             self.choices.settle(list(weights), num_rows, list(gate_ups))
+
+    def settle_within(
+        self,
+        part: Callable[[int], Callable[[], object]],
+        weights: Iterable[torch.Tensor],
+        gate_ups: Iterable[torch.Tensor],
+    ) -> None:
+        """See ``LayerOps``. Seconds."""
+        if not self.deterministic:
+            self.choices.settle_within(part, weights, gate_ups)
 
     def begin_pass(
         self, given: PassInput, embedding_VD: torch.Tensor | None, norm_weight_D: torch.Tensor, eps: float

@@ -8,6 +8,7 @@ Shapes: T tokens of the pass, R of them wanted, D model width, V this rank's voc
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from pearl_ray.core.batch import ForwardBatch, StaticBatch
-from pearl_ray.core.comm import Group
+from pearl_ray.core.comm import Group, SingleGroup
 from pearl_ray.kernels.backend import AttentionBackend
 from pearl_ray.kernels.begin_pass import PassInput
 from pearl_ray.kernels.ops import LayerOps, choose_layer_ops
@@ -26,6 +27,7 @@ from pearl_ray.model.rope import inverse_frequencies, rope_tables
 from pearl_ray.model.sharding import ShardPlan
 from pearl_ray.model.source import WeightSource
 
+SETTLED_LAYERS = 8  # in whose pass ways to compute linear maps are timed: more weights than a cache holds
 _SPARE_POSITIONS = 1024  # for rows beyond the longest sequence, whose results nobody wants
 
 
@@ -96,9 +98,27 @@ class Transformer:
 
         Not collective. Seconds on a GPU, nothing on a CPU.
         """
-        linears = [*(linear for layer in self._layers for linear in layer.linears), self._lm_head]
+        weights = [linear.weight for layer in self._layers for linear in layer.linears]
         gate_ups = [layer.mlp.gate_up.weight for layer in self._layers]
-        self._ops.settle([linear.weight for linear in linears], num_rows, gate_ups)
+        self._ops.settle([*weights, self._lm_head.weight], num_rows, gate_ups)
+        if self._backend.name != "torch":  # it can't be captured
+            self._ops.settle_within(self._first_layers, weights, gate_ups)
+
+    def _first_layers(self, num_rows: int) -> Callable[[], object]:
+        """Launches a pass of so many sequences of a token each through some layers, by this rank alone."""
+        some = copy.copy(self)
+        some._layers, some._group = self._layers[:SETTLED_LAYERS], SingleGroup()
+        num_kv = len(self._shard.kv_heads)
+        cache = KVCache(1, 256, len(some._layers), num_kv, self.config.head_dim, self.dtype, self.device)
+        row_T = torch.arange(num_rows + 1, dtype=torch.int32, device=self.device)
+        none_T, ones_T = torch.zeros_like(row_T[:-1]), torch.ones_like(row_T[:-1])
+        # All in one block, each its own slot of it: what they see doesn't matter.
+        batch = StaticBatch(none_T, none_T, row_T[:-1], row_T, ones_T, none_T[:, None].contiguous(), None, 1, 256)
+
+        def run() -> object:
+            return some.forward(batch, cache)
+
+        return run
 
     def forward(
         self, batch: ForwardBatch | StaticBatch, cache: KVCache, lanes_S: torch.Tensor | None = None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
@@ -76,11 +79,11 @@ def test_a_window_over_a_long_context_is_right_however_it_is_split(count: int) -
     assert relative_error(run(case), case.expected()) < LIMIT[DTYPES[-1]]
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5] if INTERPRETING else [1, 2, 5, 16, 26])
-def test_sequences_of_all_lengths_share_a_launch_with_any_number_of_splits(splits: int) -> None:
+@pytest.mark.parametrize("parts", [1, 4, 10] if INTERPRETING else [1, 3, 10, 25, 80, 130])
+def test_sequences_of_all_lengths_share_a_launch_with_any_number_of_parts(parts: int) -> None:
     sequences = [(1, LONG), (2, 2), (3, 256), (1, 257), (4, 600)][: 2 if INTERPRETING else 5]
     case = PagedCase(sequences, PLAIN, width=128, block_size=16, dtype=DTYPES[-1])
-    plan = Plan(rows=16, block=64, tiles=1, splits=splits, warps=4, stages=3)
+    plan = Plan(rows=16, block=64, tiles=1, parts=parts, warps=4, stages=3)
     assert relative_error(run(case, plan), case.expected()) < LIMIT[DTYPES[-1]]
 
 
@@ -92,7 +95,7 @@ def test_one_loop_or_two_and_short_contexts_in_one_part_or_several_are_right(
     sequences = [(1, LONG), (2, 2), (3, 64), (1, 65), (4, 200)]
     case = PagedCase(sequences, EVEN, width=64, block_size=16, dtype=DTYPES[-1])
     for rows, block in ((16, 32), (32, 64)):
-        plan = Plan(rows, block, 1, 3, 4, 3, min_keys=64, alone_keys=alone_keys, has_one_loop=has_one_loop)
+        plan = Plan(rows, block, 1, 15, 4, 3, min_keys=64, alone_keys=alone_keys, has_one_loop=has_one_loop)
         assert relative_error(run(case, plan), case.expected()) < LIMIT[DTYPES[-1]]
 
 
@@ -100,7 +103,7 @@ def test_entries_of_a_table_behind_the_keys_may_hold_anything() -> None:
     case = PagedCase([(1, 300), (3, 77)], EVEN, width=64, block_size=16, dtype=DTYPES[-1])
     wild = torch.randint(-(2**31), 2**31 - 1, (2, 64), dtype=torch.int32, device=DEVICE)
     wild[:, : case.tables.shape[1]] = case.tables
-    plan = Plan(16, 64, 1, 3, 4, 4, min_keys=64, has_one_loop=True)
+    plan = Plan(16, 64, 1, 6, 4, 4, min_keys=64, has_one_loop=True)
     out = run(case, plan, block_tables_SB=wild, max_context_len=1024)
     assert relative_error(out, case.expected()) < LIMIT[DTYPES[-1]]
 
@@ -111,8 +114,8 @@ def test_a_prefill_chunk_behind_a_cached_prefix_is_causal() -> None:
     assert relative_error(run(case), case.expected()) < LIMIT[DTYPES[-1]]
 
 
-@pytest.mark.parametrize("splits", [None, 1, 3])
-def test_a_chunk_beside_many_short_sequences_has_a_program_for_each_of_its_tiles(splits: int | None) -> None:
+@pytest.mark.parametrize("parts", [None, 1, 60])
+def test_a_chunk_beside_many_short_sequences_is_cut_into_parts_and_they_are_not(parts: int | None) -> None:
     """Sequences without tokens among them, and more of them than are looked through at a time."""
     ones = [(1, 3 + i % 40) for i in range(68)]
     case = PagedCase([*ones, (100, LONG), (17, 60), (1, 5)], EVEN, width=64, block_size=16, dtype=DTYPES[-1])
@@ -126,22 +129,66 @@ def test_a_chunk_beside_many_short_sequences_has_a_program_for_each_of_its_tiles
     metadata = dataclasses.replace(
         metadata,
         query_start_S1=starts[torch.tensor(order, device=DEVICE)][: len(owners) + 1].contiguous(),
-        context_lens_S=torch.where(again, 0, lens[owners]).int(),
+        context_lens_S=torch.where(again, 777, lens[owners]).int(),  # where there are no tokens it may be anything
         block_tables_SB=case.tables.index_select(0, owners),
+        cuts={},
     )
-    assert [int(n) for n in metadata.query_start_S1.diff()].count(0) >= 10
+    num_tokens = [int(n) for n in metadata.query_start_S1.diff()]
+    assert num_tokens.count(0) >= 10
     plan = attention_plan.make_plan(metadata, case.cache[0].shape[2], 64, 16)
-    if splits is not None:
-        plan = Plan(16, 64, tiles=20, splits=splits, warps=4, stages=3, min_keys=64)
+    if parts is not None:
+        plan = Plan(16, 64, tiles=20, parts=parts, warps=4, stages=3, min_keys=64)
     assert plan.tiles > 1
-    units = attention_plan.num_units(metadata, plan.rows, plan.tiles)
-    tokens = plan.rows // metadata.group_size
-    exact = sum(-(-int(n) // tokens) for n in metadata.query_start_S1.diff())
-    assert exact <= units < len(owners) * plan.tiles
     backend.store_kv(case.new[0], case.new[1], case.cache[0], case.cache[1], metadata)
     out = poisoned(case.q.shape, case.q.dtype)
     backend.paged_attention_into(out, case.q, case.cache[0], case.cache[1], metadata, plan)
     assert relative_error(out, case.expected()) < LIMIT[DTYPES[-1]]
+    per_part, *units = metadata.cuts[plan].tolist()
+    assert len(units) == plan.most_units(metadata)
+    found = [unit for unit in units if unit[0] >= 0]
+    assert found == units[: len(found)] and len({tuple(unit[:3]) for unit in found}) == len(found)
+    facts = [metadata.query_start_S1[:-1], metadata.query_start_S1.diff(), metadata.context_lens_S]
+    assert all(unit[4:7] == [int(fact[unit[0]]) for fact in facts] for unit in found)
+    tokens, blocks = plan.rows // metadata.group_size, -(-metadata.context_lens_S // plan.block)
+    slots = 0
+    for seq, count in enumerate(num_tokens):
+        own = [unit[1:4] for unit in found if unit[0] == seq]
+        keys = int(blocks[seq])
+        num_parts = 1 if keys <= -(-plan.alone_keys // plan.block) else -(-keys // per_part[0])
+        tiles = -(-count // tokens)
+        assert [unit[:2] for unit in own] == [[tile, part] for tile in range(tiles) for part in range(num_parts)]
+        if num_parts > 1:
+            assert [unit[2] for unit in own] == [slots + tile * num_parts for tile, _, _ in own]
+            slots += tiles * num_parts
+    assert slots <= plan.most_slots(metadata) and (parts is None or (slots > 0) == (parts == 60))
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_launch_has_room_for_every_unit_and_slot(data: st.DataObject) -> None:
+    """The bounds of the grid and of the scratch memory, against what the kernel ``cut`` would make."""
+    lengths = data.draw(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 9000)), min_size=1, max_size=40))
+    group, block = data.draw(st.sampled_from([1, 3, 8])), data.draw(st.sampled_from([32, 64, 128]))
+    rows = max(16, data.draw(st.sampled_from([16, 32, 128])))
+    counts = [count for count, _ in lengths]
+    tokens, longest = rows // group, max(max(counts), 1)
+    spare, min_keys = data.draw(st.integers(0, 50)), block * data.draw(st.integers(1, 4))
+    metadata = SimpleNamespace(
+        context_lens_S=[0] * len(lengths),
+        slots_T=[0] * (sum(counts) + spare),
+        group_size=group,
+        max_context_len=max(context + count for count, context in lengths) + spare,
+    )
+    alone_keys = data.draw(st.sampled_from([0, 512]))
+    parts = data.draw(st.integers(1, 300))
+    plan = Plan(rows, block, -(-longest // tokens), parts, 4, 3, min_keys=min_keys, alone_keys=alone_keys)
+    tiles = [-(-count // tokens) for count in counts]
+    blocks = [-(-(context + count) // block) for count, context in lengths]
+    per_part = max(-(-sum(t * b for t, b in zip(tiles, blocks, strict=True)) // parts), min_keys // block)
+    cut = [1 if b <= -(-alone_keys // block) else -(-b // per_part) for b in blocks]
+    assert sum(t * c for t, c in zip(tiles, cut, strict=True)) <= plan.most_units(metadata)  # type: ignore[arg-type]
+    several = sum(t * c for t, c in zip(tiles, cut, strict=True) if c > 1)
+    assert several <= plan.most_slots(metadata)  # type: ignore[arg-type]
 
 
 def test_a_tree_window_sees_the_prefix_and_its_ancestors_only() -> None:
@@ -171,7 +218,7 @@ def test_masks_hold_in_one_loop_and_in_two(has_one_loop: bool) -> None:
     visible |= torch.eye(8, dtype=torch.bool)
     masks = torch.tensor([sum(1 << j for j in range(8) if row[j]) for row in visible.tolist()], device=DEVICE)
     seen = torch.cat((torch.ones(8, 150, dtype=torch.bool), visible), dim=1)
-    plan = Plan(16, 32, 1, 3, 4, 3, min_keys=64, has_one_loop=has_one_loop)
+    plan = Plan(16, 32, 1, 6, 4, 3, min_keys=64, has_one_loop=has_one_loop)
     out = run(case, plan, masks_T=masks, window_starts_S=torch.tensor([150], dtype=torch.int32, device=DEVICE))
     assert relative_error(out, case.expected([seen])) < LIMIT[DTYPES[-1]]
 
@@ -325,7 +372,7 @@ def test_a_captured_graph_follows_lengths_and_tables_that_change_on_the_device()
     q, cache, out = first.q.clone(), first.cache.clone(), poisoned(first.q.shape, first.q.dtype)
 
     def forward() -> None:
-        backend.paged_attention_into(out, q, cache[0], cache[1], metadata)
+        backend.paged_attention_into(out, q, cache[0], cache[1], dataclasses.replace(metadata, cuts={}))
 
     forward()
     graph = torch.cuda.CUDAGraph()

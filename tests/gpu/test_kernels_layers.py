@@ -293,19 +293,11 @@ def test_a_map_to_gates_and_ups_is_timed_with_its_silu_in_every_way() -> None:
 def test_the_fastest_way_is_taken_for_plain_maps_and_for_gates_and_ups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = []
 
-    class Chain:
-        """The slowest way is lucky at the first look."""
+    def measure(weights: list[object], rows: int, choice: Choice, scratch: object, *, is_gate_up: bool) -> float:
+        timed.append((len(weights), rows, choice, is_gate_up))
+        return {PRODUCTS[0]: 2.0, FUSED[0]: 1.0, TORCH: 3.0}.get(choice, math.inf)
 
-        def __init__(self, weights: list[object], rows: int, choice: Choice, scratch: object, is_gate_up: bool) -> None:
-            timed.append((len(weights), rows, choice, is_gate_up))
-            self.choice, self.error = choice, 0.0
-
-        def seconds(self, runs: int) -> list[float]:
-            if runs > 1 and self.choice == PRODUCTS[1]:
-                return [0.5] * runs
-            return [{PRODUCTS[0]: 2.0, FUSED[0]: 1.0, TORCH: 3.0}.get(self.choice, 9.0)] * runs
-
-    monkeypatch.setattr(linear_choice, "Chain", Chain)
+    monkeypatch.setattr(linear_choice, "milliseconds", measure)
     weight = SimpleNamespace(shape=torch.Size((70, 96)), dtype=DTYPE, device=torch.device("cuda"))
     choices = LinearChoices(scratch=linear_kernels.Scratch(DEVICE))
     choices.settle([weight, weight], 8, [weight])  # type: ignore[list-item]
@@ -317,6 +309,44 @@ def test_the_fastest_way_is_taken_for_plain_maps_and_for_gates_and_ups_apart(mon
         for is_gate_up in (False, True)
     )
     assert plain == [PRODUCTS[0], PRODUCTS[0], TORCH] and paired == [FUSED[0], FUSED[0], TORCH]
+
+
+def test_what_is_fastest_within_a_pass_is_taken_however_it_did_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maps are looked at one by one, with the others as they were chosen before."""
+    device = torch.device("cuda")
+    shapes = {"small": (70, 96), "large": (80, 96), "outside": (90, 96)}
+    weights = {
+        name: SimpleNamespace(shape=torch.Size(shape), dtype=DTYPE, device=device, nbytes=math.prod(shape))
+        for name, shape in shapes.items()
+    }
+    costs = {TORCH: 3.0, PRODUCTS[0]: 1.0, PRODUCTS[1]: 2.0}
+    monkeypatch.setattr(
+        linear_choice, "milliseconds", lambda weights, rows, choice, *_, **__: costs.get(choice, math.inf)
+    )
+    choices, seen = LinearChoices(scratch=linear_kernels.Scratch(DEVICE)), []
+
+    class Timed:
+        def __init__(self, function: object, device: object) -> None:
+            function()  # type: ignore[operator]
+            self.ways = seen[-1]
+
+        def seconds(self, runs: int) -> list[float]:
+            large, small = self.ways  # beside the large map's second way the small one's last is fastest
+            return [{PRODUCTS[1]: 1.0}.get(large, 2.0) + {TORCH: 0.1}.get(small, 0.2)] * runs
+
+    monkeypatch.setattr(linear_choice, "Timed", Timed)
+
+    def part(rows: int) -> object:
+        return lambda: seen.append(tuple(choices.settled(weights[name], rows) for name in ("large", "small")))
+
+    choices.settle(list(weights.values()), 2)  # type: ignore[arg-type]
+    choices.settle_within(part, [weights["small"], weights["large"]])  # type: ignore[arg-type, list-item]
+    for rows in (1, 2):
+        chosen = {name: choices.settled(weight, rows) for name, weight in weights.items()}  # type: ignore[arg-type]
+        assert chosen == {"large": PRODUCTS[1], "small": TORCH, "outside": PRODUCTS[0]}
+    assert len(seen) == 2 * 2 * 3
+    choices.settle_within(part, [weights["small"]])  # type: ignore[arg-type, list-item]
+    assert len(seen) == 2 * 2 * 3  # settled once
 
 
 @pytest.mark.skipif(INTERPRETING, reason="times kernels")
