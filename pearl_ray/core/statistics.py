@@ -10,7 +10,7 @@ from typing import cast
 from pearl_ray.core.messages import DraftSummary, Message, RoundSummary, decode, encode
 from pearl_ray.core.requests import Request
 
-KEPT_BYTES = 32 << 20  # of each side's newest rounds, kept for traces and round times
+KEPT_BYTES = 8 << 20  # of each side's newest rounds, kept for traces and round times
 
 
 class Newest:
