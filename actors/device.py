@@ -96,12 +96,13 @@ def can_capture(group: Group, attention_backend: str, *, enforce_eager: bool) ->
 
 
 @torch.inference_mode()
-def capture(role: str, parts: DeviceParts, max_width: int, max_tokens: int) -> None:
+def capture(role: str, parts: DeviceParts, max_width: int, max_tokens: int, *, deterministic: bool = False) -> None:
     """Compile the kernels and make the graphs that rounds will ask for. Collective; the cache must be unused yet.
 
     Args:
         max_width: rows of a decoding sequence's pass.
         max_tokens: of a pass; those with prompts among them come last, which have the most to compute by launch.
+        deterministic: they have none, for attention's fixed plan takes its time by the sequences it is padded to.
     """
     runner = parts.runner
     is_cuda = runner.device.type == "cuda"  # else nothing is compiled
@@ -113,13 +114,15 @@ def capture(role: str, parts: DeviceParts, max_width: int, max_tokens: int) -> N
             parts.verification.warm_up(max_width)
             warm_up_rejection(parts, max_width)
         runner.capture(verification_shapes(runner, max_width))
+        runner.capture(runner.shape(rows, 1, rows) for rows in TARGET_ROWS if rows <= runner.max_rows)  # ``profile``
     else:
         assert parts.steps is not None
         if is_cuda:
             parts.steps.warm_up()
         parts.steps.capture(size for size in SEQUENCE_BUCKETS if size <= padded(runner.max_seqs, SEQUENCE_BUCKETS))
         runner.capture(verification_shapes(runner, 2))  # a round's first pass: one row each, two after a bonus token
-    runner.capture(runner.wide_shapes(max_tokens))
+    if not deterministic:
+        runner.capture(runner.wide_shapes(max_tokens))
     runner.graphs.log(role)
 
 

@@ -213,7 +213,8 @@ class ShardWorker:
         self.runner = self.parts.runner
         # Of a verification's rows: PEARL's pending tokens and the committed one, or SD's window and the bonus.
         widest = 1 if spec.mode == "ar" else self._max_window + (spec.mode == "sd")
-        device.capture(self.role, self.parts, widest, spec.max_num_batched_tokens)
+        most = spec.max_num_batched_tokens
+        device.capture(self.role, self.parts, widest, most, deterministic=spec.deterministic)
 
     @torch.inference_mode()
     def profile(self, num_blocks: int) -> Profile:

@@ -71,8 +71,9 @@ class LinearChoices:
                 if key not in self.chosen:
                     ways = candidates(bucket, *same[0].shape, is_gate_up=is_gate_up)
                     times = {c: milliseconds(same, bucket, c, self.scratch, is_gate_up=is_gate_up) for c in ways}
-                    self.finalists[key] = sorted((c for c in ways if times[c] < math.inf), key=times.__getitem__)
-                    del self.finalists[key][FINALISTS:]
+                    right = sorted((c for c in ways if times[c] < math.inf), key=times.__getitem__)
+                    # Where the library's own result isn't a number there is nothing to compare with.
+                    self.finalists[key] = right[:FINALISTS] or [TORCH]
                     self.chosen[key] = self.finalists[key][0]
                 bucket *= 2
         if of_shape:
@@ -139,6 +140,7 @@ class Timed:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             function()
+            self._stream.synchronize()  # scratch memory and counters are for one stream at a time
             self._graph = captured(function)
 
     def seconds(self, runs: int) -> list[float]:

@@ -267,8 +267,12 @@ def _pace(both: tuple[_Chunks, _Chunks], pace: Pace, debt: int, num_behind: int)
     if not any(chunks.long for chunks in both):
         return 0
     rests = debt >= ROUND
-    for chunks, must in zip(both, (0, num_behind * CATCH_UP * -(-pace.every // ROUND)), strict=True):
+    shared = len(both[1].long) if num_behind else 0  # they have even shares with the prompts
+    for chunks, must in zip(both, (0, shared * CATCH_UP * -(-pace.every // ROUND)), strict=True):
         # A draft that is behind comes nearer only by more than its sequence decodes; else it doesn't rest either.
         if chunks.long and must <= chunks.room:
             chunks.slow(0 if rests else min(max(pace.tokens, must), chunks.room))
-    return debt - ROUND if rests else debt + max(pace.every - ROUND, 0)
+    if rests:
+        return debt - ROUND
+    fed = any(chunks.room for chunks in both)  # none where the decoding rows leave no room: nothing to rest for
+    return debt + max(pace.every - ROUND, 0) if fed else debt

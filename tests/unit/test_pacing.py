@@ -19,7 +19,7 @@ from pearl_ray.core.pacing import PacingPolicy
 from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.phases import Mode, SequenceState
 from pearl_ray.core.replica import Replica
-from pearl_ray.core.schedule import MOST_ROUNDS, ROUND, Limits, Member, Pace, Prefill, RoundPlan, plan_round
+from pearl_ray.core.schedule import CATCH_UP, MOST_ROUNDS, ROUND, Limits, Member, Pace, Prefill, RoundPlan, plan_round
 from tests.simulation import Simulation
 
 PLENTY = 1 << 20
@@ -113,6 +113,27 @@ def test_chunks_come_as_often_as_the_pace_says_also_in_parts_of_a_round(every: i
     assert turns[0] and sum(turns) == 4 * chunks
     gaps = [len(list(same)) for rest, same in itertools.groupby(turns) if not rest]
     assert max(gaps, default=0) <= math.ceil(every / ROUND) - 1
+
+
+def test_a_round_without_room_for_a_chunk_is_nothing_to_rest_for() -> None:
+    members = [*(decoding(i) for i in range(8)), prompt(50, 600)]
+    plan = plan_round(members, Limits("ar", 8), Pace(32, 64 * ROUND), 0)
+    assert plan.prefill is not None and plan.prefill.tokens == 0 and plan.debt == 0
+    plan = plan_round(members, Limits("ar", 40), Pace(32, 64 * ROUND), 0)
+    assert plan.prefill is not None and plan.prefill.tokens == 32 and plan.debt == 63 * ROUND
+
+
+@pytest.mark.parametrize("num_prompts", [0, 1, 4])
+def test_a_draft_that_is_behind_comes_nearer_beside_any_number_of_long_prompts(num_prompts: int) -> None:
+    """Its sequence goes on by a token a round, and never drafts again unless the draft is given more than that."""
+    lack, debt, pace, rounds = 5000, 0, Pace(32, 64 * ROUND), 320
+    for _ in range(rounds):
+        behind = decoding(1, window=3, draft_lack=lack)
+        prompts = [prompt(50 + i, 20_000) for i in range(num_prompts)]
+        plan = plan_round([decoding(0), behind, *prompts], Limits("pearl", 2048), pace, debt)
+        debt = plan.debt
+        lack += 1 - sum(work.draft_fed for work in plan.works if work.seq_id == 1)
+    assert lack <= 5000 - rounds * (CATCH_UP - 1)
 
 
 def test_the_debt_is_forgotten_when_no_long_prompt_waits() -> None:
