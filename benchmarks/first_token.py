@@ -140,6 +140,11 @@ def decoding(
     long = Stream(engine, prompts.of(num_prompt), 1).start()
     long.wait_for_tokens()
     begin, end = long.started, long.started + long.first_s
+    ended = [s.arrivals[-1][0] for s in running if sum(n for _, n in s.arrivals) == max_tokens]
+    if ended and min(ended) < end:
+        end = min(ended)
+        part = (end - begin) / long.first_s
+        say(f"    a running request ended after {part:.2f} of the prefill: measured up to there")
     during = sum(s.tokens_between(begin, end) for s in running) / (end - begin)
     rounds = max(sum(begin < at <= end for at, _ in list(s.arrivals)) for s in running)  # each brought some tokens
     for stream in running:
