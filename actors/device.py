@@ -166,7 +166,10 @@ def _below(rows: int) -> int:
 
 @torch.inference_mode()
 def profile(role: str, parts: DeviceParts, num_blocks: int, context: int) -> dict[int, float]:
-    """Measured seconds: a target pass by its rows, a draft step by its sequences. Collective; before any request."""
+    """Measured seconds: a target pass by its rows, a draft step by its sequences. Collective; before any request.
+
+    Behind :func:`capture`, for rounds run as graphs.
+    """
     return (
         _profile_target(parts, num_blocks, context) if role == "target" else _profile_draft(parts, num_blocks, context)
     )
@@ -180,7 +183,6 @@ def _profile_target(parts: DeviceParts, num_blocks: int, context: int) -> dict[i
         if rows > min(room, runner.max_rows):
             break
         entries = [Entry([0] * rows, start, blocks, rows)]
-        runner.capture([runner.shape(rows, 1, rows)])  # rounds of so many rows run as graphs
         seconds[rows] = _fastest(runner, lambda entries=entries: runner.logits(entries))
     return seconds
 

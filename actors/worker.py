@@ -244,7 +244,7 @@ class ShardWorker:
         return Profile(seconds=seconds)
 
     def graphs(self) -> GraphFigures | None:
-        """What capturing CUDA graphs has cost this rank, those of :meth:`profile` included; None on a CPU."""
+        """What capturing CUDA graphs has cost this rank; None on a CPU."""
         return self.parts.runner.graphs.figures if self.parts is not None else None
 
     # -- the rounds -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ be at most a set part of all: so chunks are as large as pays, and as far apart a
 from __future__ import annotations
 
 from pearl_ray.core.schedule import MOST_ROUNDS, ROUND, Pace, Prefill
+from pearl_ray.core.windows import MOST_COSTLY
 
 FIRST_TOKENS = 128  # a chunk before any was measured: a GPU's pass takes as many at next to no cost
 LEAST_TOKENS = 32
@@ -15,7 +16,6 @@ RESTING = ROUND + 1  # at the fastest one round in 17 is without a chunk, so tha
 STALL = 1.0  # a chunk may add this many rounds' time to its round, at least,
 FIXED_PARTS = 3.0  # or so many times what any chunk adds, however small
 TRIALS = 3  # chunks until there is an estimate: the least counts, one may have compiled a kernel
-MOST_COSTLY = 2.0  # a round counts as at most so many times what was expected of it, for the same reason
 MEMORY = 0.125  # share of a round in the cost of one without chunks,
 REST_MEMORY = 0.25  # while there are but few of those,
 HINDRANCE_MEMORY = 0.03  # and in the ratio of the two,
