@@ -36,8 +36,8 @@ from pearl_ray.cluster.bridge_choice import TYPICAL_WINDOW, candidates, fastest,
 from pearl_ray.cluster.devices import DeviceKey, Transport, choose_transport
 from pearl_ray.cluster.placement import Bundle
 from pearl_ray.cluster.shm import arena_path
+from pearl_ray.core.costs import StepCosts
 from pearl_ray.core.errors import OutOfMemoryError
-from pearl_ray.core.windows import StepCosts
 from pearl_ray.model.graphs import GraphFigures
 from pearl_ray.model.loading import Models
 from pearl_ray.model.memory import Measured, Place, num_cache_blocks, tensor_parallel_size_for

@@ -30,6 +30,7 @@ from pearl_ray.cluster.placement import Bundle, remove_placement_group
 from pearl_ray.cluster.supervisor import Supervisor
 from pearl_ray.core.blocks import BlockPool
 from pearl_ray.core.controller import Controller, ControllerConfig
+from pearl_ray.core.costs import FREE_ROWS
 from pearl_ray.core.errors import EngineDeadError, PearlError
 from pearl_ray.core.messages import DraftSummary, RoundSummary, Stop
 from pearl_ray.core.outputs import RequestOutput
@@ -37,7 +38,7 @@ from pearl_ray.core.pacing import PacingPolicy
 from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.residents import SPARE_ROUNDS, SPARE_ROUNDS_AHEAD
 from pearl_ray.core.schedule import Limits
-from pearl_ray.core.windows import FREE_ROWS, WindowPolicy
+from pearl_ray.core.windows import WindowPolicy
 from pearl_ray.model.loading import open_models
 
 logger = logging.getLogger(__name__)

@@ -58,10 +58,7 @@ class DeviceScribe:
             self._drafted = self._steps.write(self._first, writers)
         columns = iter(self._drafted.tokens_WS.T.tolist())
         return [
-            tuple(Node(token, i - 1) for i, token in enumerate(next(columns)[: work.num_drafted]))
-            if work.num_drafted
-            else ()
-            for work in self._plan.works
+            tuple(map(Node, next(columns)[: work.num_drafted])) if work.num_drafted else () for work in self._plan.works
         ]
 
     def window(self, number: int, checksum: int) -> Window:
@@ -69,7 +66,6 @@ class DeviceScribe:
         drafted = self._drafted
         lengths = np.array([work.num_drafted for work in self._plan.works], dtype=np.int32)
         made = [drafted.tokens_WS[: work.num_drafted, s] for s, work in enumerate(self._works)]
-        parents = [np.arange(-1, work.num_drafted - 1, dtype=np.int32) for work in self._works]
         ids, probs = np.zeros((0, MAX_PROPOSALS), np.int32), np.zeros((0, MAX_PROPOSALS), np.float32)
         if drafted.ids_WSK is not None and drafted.probs_WSK is not None:
             which = [
@@ -80,8 +76,7 @@ class DeviceScribe:
             ids = np.concatenate([drafted.ids_WSK[:limit, s] for s, limit in which])
             probs = np.concatenate([drafted.probs_WSK[:limit, s] for s, limit in which])
         tokens = np.concatenate(made).astype(np.int32) if made else np.zeros(0, np.int32)
-        joined = np.concatenate(parents) if parents else np.zeros(0, np.int32)
-        return Window(number, checksum, lengths, tokens, joined, ids, probs)
+        return Window(number, checksum, lengths, tokens, np.ones_like(tokens), ids, probs)
 
 
 def _tokens(nodes: tuple[Node, ...]) -> list[int]:

@@ -16,12 +16,12 @@ import torch
 from pearl_ray.actors.device_scribe import is_plain
 from pearl_ray.actors.epochs import LeaderEpochs
 from pearl_ray.actors.target_loop import Drafted, Finished, Logprobs, TargetLoop
+from pearl_ray.core.costs import FREE_ROWS
 from pearl_ray.core.errors import ReplicaDivergedError
 from pearl_ray.core.logits import adjusted_logits
 from pearl_ray.core.phases import Node, Proposal
 from pearl_ray.core.replica import BatchSequence
 from pearl_ray.core.schedule import RoundPlan, Work
-from pearl_ray.core.windows import FREE_ROWS
 from pearl_ray.kernels.sampler import Sampler, judge_segments
 from pearl_ray.model.batching import Entry
 from pearl_ray.model.passes import PassRunner

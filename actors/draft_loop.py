@@ -128,9 +128,7 @@ class _Scribe:
             self._step(self._first, writing)
         while writing := [w for w in writing if len(self._made[w.seq_id]) < w.num_drafted]:
             self._step([self._next_entry(work) for work in writing], writing)
-        return [
-            tuple(Node(token, i - 1) for i, token in enumerate(self._made[work.seq_id])) for work in self._plan.works
-        ]
+        return [tuple(map(Node, self._made[work.seq_id])) for work in self._plan.works]
 
     def _next_entry(self, work: Work) -> Entry:
         sequence = self._replica.sequences[work.seq_id]
@@ -189,7 +187,7 @@ class _Scribe:
             checksum,
             np.array([len(tokens) for tokens in made], dtype=np.int32),
             np.array([token for tokens in made for token in tokens], dtype=np.int32),
-            np.array([i - 1 for tokens in made for i in range(len(tokens))], dtype=np.int32),
+            np.ones(sum(map(len, made)), np.int32),
             ids,
             probs,
         )

@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 
 from pearl_ray.core.blocks import BlockPool
 from pearl_ray.core.controller import Controller, ControllerConfig
+from pearl_ray.core.costs import StepCosts
 from pearl_ray.core.messages import RoundSummary, SequenceSummary, decode, encode
 from pearl_ray.core.params import SamplingParams
 from pearl_ray.core.phases import Node
 from pearl_ray.core.replica import Replica
 from pearl_ray.core.schedule import Limits, Work
-from pearl_ray.core.windows import REVIEW_ROUNDS, StepCosts, WindowPolicy
+from pearl_ray.core.windows import REVIEW_ROUNDS, WindowPolicy
 
 COSTS = StepCosts({1: 0.01, 1024: 0.01}, {1: 0.002, 256: 0.002})
 WARM_UP = 5  # rounds before the clock runs: prefill, the first windows
@@ -76,7 +77,7 @@ class FakeRounds:
         plan = shard.plan()
         epoch, checksum = shard.epoch, shard.checksum()
         planned = time.process_time() - began
-        drafted = [tuple(Node(self._token(), i - 1) for i in range(work.num_drafted)) for work in plan.works]
+        drafted = [tuple(Node(self._token()) for _ in range(work.num_drafted)) for work in plan.works]
         verdicts = [self._verdict(work) for work in plan.works]
         began = time.process_time()
         shard.advance(plan, drafted, verdicts)

@@ -224,7 +224,7 @@ def replayed_forwards(num_prompt: int, agrees: Sequence[bool], *, window: int) -
     forwards = 0
     while state.num_committed < total:
         base = state.num_committed + len(state.pending)
-        drafted = tuple(Node(0, i - 1) for i in range(min(window, total - base)))
+        drafted = (Node(0),) * min(window, total - base)
         rows = min(len(state.pending) + 1, total - state.num_committed)
         tested = min(len(state.pending) + len(drafted), rows)
         right = [agrees[state.num_committed - num_prompt + i] for i in range(tested)]

@@ -77,7 +77,7 @@ def typical_window(num_sequences: int, window: int, *, rejection: bool, round: i
     tokens_N = np.arange(num_tokens, dtype=np.int32)
     ids_MK = np.zeros((num_tokens if rejection else 0, MAX_PROPOSALS), np.int32)
     lengths_S = np.full(num_sequences, window, np.int32)
-    return Window(round, int(last), lengths_S, tokens_N, tokens_N % window - 1, ids_MK, ids_MK.astype(np.float32))
+    return Window(round, int(last), lengths_S, tokens_N, np.ones_like(tokens_N), ids_MK, ids_MK.astype(np.float32))
 
 
 def typical_verdict(num_sequences: int, *, round: int = 0, last: bool = False) -> VerdictMessage:

@@ -261,7 +261,7 @@ class BatchedSimulation(Simulation):
                 else:
                     drawn = [(token, None) for token in coupled_tokens(own, theirs, draft=True)]
                 for i, (token, proposal) in zip(some, drawn, strict=True):
-                    made[writing[i]].append(Node(token, len(made[writing[i]]) - 1, proposal))
+                    made[writing[i]].append(Node(token, proposal=proposal))
                     known[writing[i]].append(token)
         return [tuple(made[work.seq_id]) for work in plan.works]
 

@@ -190,16 +190,16 @@ class Simulation:
                 if made:
                     cache.feed(known, len(known) - 1, 1, sequence.draft_blocks)
                 row = sequence.row(len(known), known[len(sequence.tokens) :])
-                made.append(self._propose(self.draft.logits(known), row, sequence.join.rejection, len(made)))
+                made.append(self._propose(self.draft.logits(known), row, sequence.join.rejection))
             drafted.append(tuple(made))
         return drafted
 
-    def _propose(self, logits: np.ndarray, row: Row, rejection: bool, parent: int) -> Node:
+    def _propose(self, logits: np.ndarray, row: Row, rejection: bool) -> Node:
         logits_RV = torch.from_numpy(logits)[None]
         if not rejection:
-            return Node(coupled_tokens(logits_RV, [row], draft=True)[0], parent - 1)
+            return Node(coupled_tokens(logits_RV, [row], draft=True)[0])
         tokens, ids, probs = propose(logits_RV, [row])
-        return Node(tokens[0], parent - 1, Proposal(ids[0], probs[0]))
+        return Node(tokens[0], proposal=Proposal(ids[0], probs[0]))
 
     def _verify(self, plan: RoundPlan, drafted: list[tuple[Node, ...]]) -> list[Verdict]:
         replica, cache = self.shards[0], self.caches[0]

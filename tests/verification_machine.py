@@ -170,9 +170,9 @@ def _draft(batch: Sequence[Member]) -> list[tuple[Node, ...]]:
             logits = DRAFT.logits([batch[i].tokens + path for i, path in zip(which, paths, strict=True)])
             if rule:
                 found = zip(*propose(logits, rows, num_valid=VOCAB), strict=True)
-                made = [Node(token, step - 1, Proposal(ids, probs)) for token, ids, probs in found]
+                made = [Node(token, proposal=Proposal(ids, probs)) for token, ids, probs in found]
             else:
-                made = [Node(t, step - 1) for t in coupled_tokens(logits, rows, draft=True, num_valid=VOCAB)]
+                made = [Node(t) for t in coupled_tokens(logits, rows, draft=True, num_valid=VOCAB)]
             for i, node in zip(which, made, strict=True):
                 drafted[i].append(node)
     return [tuple(nodes) for nodes in drafted]

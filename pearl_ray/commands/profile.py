@@ -12,8 +12,9 @@ from rich.table import Table
 from pearl_ray.commands.console import output_console
 from pearl_ray.commands.engines import engine_or_deployment
 from pearl_ray.commands.options import ENGINE_OPTIONS, apply, debug_option, option
+from pearl_ray.core.costs import StepCosts
 from pearl_ray.core.phases import Mode
-from pearl_ray.core.windows import Acceptance, StepCosts, WindowPolicy
+from pearl_ray.core.windows import Acceptance, WindowPolicy
 
 OBSERVED = 6400  # tests that outweigh the policy's prior
 ACCEPTANCES = "0.3,0.5,0.6,0.7,0.8,0.9,0.95"

@@ -6,7 +6,6 @@ round; between the two the shards run on by themselves. Knows nothing of Ray, so
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -190,15 +189,12 @@ class Controller:
         if replica.checksum() != summary.checksum or len(plan.works) != len(summary.sequences):
             raise ReplicaDivergedError(f"round {summary.round}: coordinator and target disagree about the batch")
         before = [replica.sequences[work.seq_id].state for work in plan.works]
-        drafted = [_nodes(entry.drafted) for entry in summary.sequences]
+        drafted = [tuple(map(Node, entry.drafted)) for entry in summary.sequences]
         verdicts = [(entry.num_accepted, entry.token) for entry in summary.sequences]
         commits = replica.advance(plan, drafted, verdicts)
         self.statistics.count_round(summary)
         num_drafted, num_accepted, made = [], [], 0
-        has_prompts, widest = False, 0
         for work, entry, state, commit in zip(plan.works, summary.sequences, before, commits, strict=True):
-            has_prompts |= work.target_fed != work.num_rows
-            widest += work.num_drafted or 1
             member = running.get(work.seq_id)
             if member is None:
                 continue  # it has left, and what it still did is dropped
@@ -209,11 +205,8 @@ class Controller:
             self._take(member, entry, commit)
         self.statistics.count_verdicts(num_drafted, num_accepted)
         self.windows.observe_round(made, sum(num_accepted))
-        if not has_prompts:
-            self.windows.observe_target(summary.num_target_rows, summary.forward_s)
-            self.windows.observe_gap(widest, summary.gap_s)
-        if self.pacing is not None:
-            self._choose_pace(self.pacing, plan, summary)
+        if plan.num_decoding:
+            self._observe_round(plan, summary)
         self._provide()
         self._admit()
         self._choose_windows()
@@ -222,10 +215,11 @@ class Controller:
         """Learn what the draft's steps cost."""
         self.statistics.count_draft(summary)
         num_running = len(self._residents.running)
-        if summary.num_fed > 2 * num_running:
+        costs = self.windows.costs
+        if costs is None or summary.num_fed > 2 * num_running:
             return  # prompts, or what the draft had missed
         seconds = summary.forward_s + summary.advance_s  # all that stands between a verdict and the next window
-        self.windows.observe_draft(num_running, summary.num_steps, seconds)
+        costs.observe_draft(num_running, summary.num_steps, seconds)
 
     def _take(self, running: Running, entry: SequenceSummary, commit: Commit) -> None:
         """Give an answer what was committed."""
@@ -324,14 +318,23 @@ class Controller:
                     self._short.append(running)
                 self._changes.append(SetWindow(running.seq_id, window))
 
-    def _choose_pace(self, pacing: PacingPolicy, plan: RoundPlan, summary: RoundSummary) -> None:
-        """Learn what the round took, the host's part too: from the end of the round before."""
-        if not plan.num_decoding:
-            return
+    def _observe_round(self, plan: RoundPlan, summary: RoundSummary) -> None:
+        """Learn what a round with decoding sequences took, the host's part too: from the end of the round before."""
         (number, ended), self._ended = self._ended, (summary.round, summary.finished)
-        if number != summary.round - 1:
-            return  # the round before was another kind, and before it there was perhaps no work
-        pace = pacing.observe(summary.finished - ended, plan.num_decoding, plan.prefill)
+        # Where the round before was another kind, there was perhaps no work before it.
+        seconds = summary.finished - ended if number == summary.round - 1 else 0.0
+        costs = self.windows.costs
+        if costs is not None and plan.prefill is None:
+            drafted = [work.num_drafted for work in plan.works]
+            num_idle = drafted.count(0)
+            costs.observe_target(summary.num_target_rows, summary.forward_s)
+            costs.observe_gap(sum(drafted) + num_idle, summary.gap_s)
+            costs.observe_round(summary.num_target_rows, len(drafted) - num_idle, max(drafted), seconds)
+        if self.pacing is not None and seconds:
+            self._choose_pace(self.pacing, plan, seconds)
+
+    def _choose_pace(self, pacing: PacingPolicy, plan: RoundPlan, seconds: float) -> None:
+        pace = pacing.observe(seconds, plan.num_decoding, plan.prefill)
         if pace != self._pace:
             self._pace = pace
             self._changes.append(SetPace(pace.tokens, pace.every))
@@ -377,10 +380,3 @@ class Controller:
             phases[sequence.state.phase.value] += 1
         window = max((running.window for running in self._residents.running.values()), default=0)
         return {"pools": pools, "phases": phases, "window_tokens": window}
-
-
-_PARENTS = range(-1, sys.maxsize)  # of the nodes of a chain
-
-
-def _nodes(tokens: Sequence[int]) -> tuple[Node, ...]:
-    return tuple(map(Node, tokens, _PARENTS))

@@ -187,8 +187,7 @@ class Window:
         checksum: of the draft's replica before the round.
         lengths_S: int32, tokens per sequence (0: none this round).
         tokens_N: int32, N = sum of lengths.
-        parents_N: int32, index within the sequence's nodes of each token's parent; -1 follows the newest pending token
-            (or the last committed). A chain reads -1, 0, 1, …
+        parents_N: int32, how many nodes back each token's parent stands (see :class:`Node`); 1 throughout a chain.
         proposal_ids_MK, proposal_probs_MK: int32 and float32, K = 64, the distribution each token was drawn from, for
             the M tokens of sequences under `rejection`; unused entries have probability 0.
     """

@@ -6,8 +6,8 @@ be at most a set part of all: so chunks are as large as pays, and as far apart a
 
 from __future__ import annotations
 
+from pearl_ray.core.costs import MOST_COSTLY
 from pearl_ray.core.schedule import MOST_ROUNDS, ROUND, Pace, Prefill
-from pearl_ray.core.windows import MOST_COSTLY
 
 FIRST_TOKENS = 128  # a chunk before any was measured: a GPU's pass takes as many at next to no cost
 LEAST_TOKENS = 32

@@ -16,7 +16,6 @@ m = 0. ``transition`` is applied by every replica: the coordinator, the target's
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -46,10 +45,14 @@ class Proposal(NamedTuple):
 
 
 class Node(msgspec.Struct, frozen=True, gc=False):
-    """A drafted token; ``parent`` is the index of the node it follows in its window; -1: the newest token before."""
+    """A drafted token; ``parent`` says how many nodes back the one stands that it follows: 1 in a chain.
+
+    Counted back, not from the front, so that what is left of a window is one too. Before the first node stands the
+    newest committed token.
+    """
 
     token: int
-    parent: int = -1
+    parent: int = 1
     proposal: Proposal | None = None
 
 
@@ -150,7 +153,7 @@ def transition(state: SequenceState, event: Round) -> tuple[SequenceState, Commi
         origins += (last,)
     else:
         assert not rejected, "a rejection comes with a replacement"
-        pending = rechain(nodes[num_accepted:])
+        pending = nodes[num_accepted:]
     committed = state.num_committed + len(tokens)
     known = committed + len(pending) - 1
     # The draft fed everything up to the last token it made; what was dropped is overwritten by later rounds.
@@ -182,8 +185,3 @@ def _prefill(state: SequenceState, event: Round) -> tuple[SequenceState, Commit]
     assert target_kv == state.num_committed == state.num_prompt
     after = msgspec.structs.replace(after, num_committed=state.num_committed + 1)
     return after, Commit((event.token,), ("prefill",))
-
-
-def rechain(nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """The nodes left of a chain, their parents counted from the first of them."""
-    return tuple([Node(node.token, parent, node.proposal) for parent, node in enumerate(nodes, -1)])

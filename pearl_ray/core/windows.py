@@ -7,18 +7,15 @@ does not pay.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pearl_ray.core.costs import RoundCosts, StepCosts
 from pearl_ray.core.phases import Mode
 
 MAX_WINDOW = 32
-FREE_ROWS = 128  # that a GPU's forward pass takes at the price of one (DESIGN: "Measured before the start")
 DEPTHS = (0, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 PRIOR_ACCEPTANCE = 0.7
 PRIOR_WEIGHT = 64.0  # tests the prior counts for, in the engine's estimate
@@ -30,8 +27,6 @@ GAIN_TO_DEEPEN = 1.01  # a deeper window must promise this much more: it also de
 REVIEW_ROUNDS = 8
 PROBE_ROUNDS = 64  # an AR sequence is tried again after so many rounds
 PROBE_WINDOW = 3
-COST_MEMORY = 0.05  # share of a round's time in the corrected costs
-MOST_COSTLY = 2.0  # a round counts as at most so many times the costs of before: it may have compiled a kernel
 
 
 def pearl_tokens_per_forward(alpha: float, gamma: int) -> float:
@@ -58,58 +53,6 @@ def sd_tokens_per_forward(alpha: float, gamma: int) -> float:
 def share_of_post_verify(alpha: float, gamma: int) -> float:
     """The stationary share of PEARL's rounds that are in POST_VERIFY."""
     return alpha / (1 - alpha**gamma + alpha) if gamma > 0 else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepCosts:
-    """Measured seconds: a target forward by its query rows, a draft step by its sequences. Both at least one point."""
-
-    target_s: Mapping[int, float]
-    draft_s: Mapping[int, float]
-
-    def target(self, rows: float) -> float:
-        """Seconds of a target forward with that many rows, interpolated."""
-        return _interpolate(self.target_s, rows)
-
-    def draft(self, sequences: float) -> float:
-        """Seconds of one draft step for that many sequences, interpolated."""
-        return _interpolate(self.draft_s, sequences)
-
-
-def _interpolate(table: Mapping[int, float], x: float) -> float:
-    keys = sorted(table)
-    at = bisect_left(keys, x)
-    if at == 0:
-        return table[keys[0]]
-    if at == len(keys):
-        # Beyond the last point every row costs what the last ones did; never less than proportionally flat.
-        if len(keys) == 1:
-            return table[keys[0]]
-        low, high = keys[-2], keys[-1]
-    else:
-        low, high = keys[at - 1], keys[at]
-    slope = (table[high] - table[low]) / (high - low)
-    return max(table[low] + slope * (x - low), 0.0)
-
-
-def _corrected(ratio: float, observed: float) -> float:
-    """A cost's ratio after one more round. One that took far longer moves it little: it says nothing of the next."""
-    return ratio + COST_MEMORY * (min(observed, MOST_COSTLY * ratio) - ratio)
-
-
-class _Curve:
-    """:func:`_interpolate` of one table for many points at once, scaled."""
-
-    def __init__(self, table: Mapping[int, float]) -> None:
-        keys = sorted(table)
-        self._x = np.array(keys, float)
-        self._y = np.array([table[key] for key in keys], float)
-        self._slope = 0.0 if len(keys) == 1 else (self._y[-1] - self._y[-2]) / (self._x[-1] - self._x[-2])
-
-    def __call__(self, x: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
-        beyond = np.maximum(x - self._x[-1], 0.0) * self._slope
-        seconds: NDArray[np.float64] = np.maximum(np.interp(x, self._x, self._y) + beyond, 0.0) * scale
-        return seconds
 
 
 class Acceptance:
@@ -158,39 +101,32 @@ class WindowPolicy:
     D with the most tokens per second wins. So where rows are free every window is as deep as the draft's time allows,
     where they are not the hopeful sequences keep theirs and the others fall to 0 (AR), to be probed now and then.
 
-    Costs come from the warm-up and are corrected by what rounds really take (both sides contend for memory and cores),
-    as a slowly moving ratio per side. Where both share a device (``shares_device``) they take its time from each other:
-    a round costs their sum, as measured in the warm-up, for what one takes in a round is the other's work too. Windows
-    that are more than ``ahead_rows`` together keep passes from being queued ahead: the device then waits for the host
-    between two of them, for as long as it was seen to.
+    Attributes:
+        costs: what rounds take (see ``core/costs.py``), to be told of every round; None: the windows are fixed.
     """
 
     def __init__(
         self,
         mode: Mode,
         fixed: int | None,
-        costs: StepCosts | None,
+        measured: StepCosts | None,
         *,
         shares_device: bool = False,
         ahead_rows: int | None = None,
     ) -> None:
-        assert fixed is not None or costs is not None or mode == "ar"
+        assert fixed is not None or measured is not None or mode == "ar"
         self._mode: Mode = mode
         self._fixed = fixed
-        self._costs = costs
-        self._shares_device = shares_device
-        self._ahead_rows = ahead_rows
-        self._host_s = 0.0
-        self._target_ratio = 1.0
-        self._draft_ratio = 1.0
+        self.costs: RoundCosts | None = None
+        if measured is not None:
+            at_once = mode == "pearl"
+            self.costs = RoundCosts(measured, at_once=at_once, shares_device=shares_device, ahead_rows=ahead_rows)
         self._overall = Acceptance(memory=8192.0)
         self._windows: dict[int, int] = {}
         self._asleep: list[int] = []  # the sequences whose window is 0
         self._rounds = 0
-        self._first: tuple[tuple[int, ...], int] = ((), 0)
+        self._first: tuple[tuple[object, ...], int] = ((), 0)
         self._tokens_AW, self._rows_AW = _tables(mode)
-        if costs is not None:
-            self._target_curve, self._draft_curve = _Curve(costs.target_s), _Curve(costs.draft_s)
 
     @property
     def acceptance(self) -> float:
@@ -205,30 +141,13 @@ class WindowPolicy:
         """Count the tests that a round made, all sequences together, and how many passed, for the engine."""
         self._overall.add(num_made, num_accepted)
 
-    def observe_target(self, rows: int, seconds: float) -> None:
-        """A target forward of decoding rows took this long."""
-        if self._costs is not None and rows and not self._shares_device:
-            self._target_ratio = _corrected(self._target_ratio, seconds / max(self._costs.target(rows), 1e-9))
-
-    def observe_draft(self, sequences: int, steps: int, seconds: float) -> None:
-        """That many draft steps took this long, nothing but drafting."""
-        if self._costs is not None and steps and not self._shares_device:
-            expected = max(steps * self._costs.draft(sequences), 1e-9)
-            self._draft_ratio = _corrected(self._draft_ratio, seconds / expected)
-
-    def observe_gap(self, rows: int, seconds: float) -> None:
-        """So long was no pass on the target's device before one whose longest windows are so many rows together."""
-        if self._ahead_rows is not None and rows > self._ahead_rows:
-            self._host_s += (COST_MEMORY if self._host_s else 1.0) * (seconds - self._host_s)
-
     def first_window(self, batch: int) -> int:
         """The window of a sequence that joins, with which the batch has ``batch`` sequences."""
-        if self._mode == "ar" or self._fixed is not None:
+        if self._mode == "ar" or self._fixed is not None or self.costs is None:
             return 0 if self._mode == "ar" else self._fixed or 0
-        ratio = self._target_ratio / self._draft_ratio
-        key = (batch.bit_length(), round(self.acceptance * ALPHA_LEVELS), round(8 * math.log2(ratio)))
+        key = (batch.bit_length(), round(self.acceptance * ALPHA_LEVELS), *self.costs.key())
         if self._first[0] != key:
-            self._first = (key, self._review([self.acceptance] * batch)[0])
+            self._first = (key, self._review(self.costs, [self.acceptance] * batch)[0])
         return self._first[1]
 
     def choose(self, sequences: Mapping[int, Acceptance]) -> Mapping[int, int]:
@@ -237,7 +156,7 @@ class WindowPolicy:
         The answer is another object where it differs from the last one, and not to be written to.
         """
         changed = sequences.keys() != self._windows.keys()
-        if self._mode == "ar" or self._fixed is not None:
+        if self._mode == "ar" or self._fixed is not None or self.costs is None:
             if changed:
                 self._windows = dict.fromkeys(sequences, 0 if self._mode == "ar" else self._fixed or 0)
             return self._windows
@@ -245,7 +164,7 @@ class WindowPolicy:
         if changed or self._rounds % REVIEW_ROUNDS == 0:
             overall = self.acceptance
             alphas = [a.rate(overall, SEQUENCE_PRIOR_WEIGHT) for a in sequences.values()]
-            windows = dict(zip(sequences, self._review(alphas), strict=True))
+            windows = dict(zip(sequences, self._review(self.costs, alphas), strict=True))
             if windows != self._windows:
                 self._windows = windows
             self._asleep = [seq_id for seq_id, window in self._windows.items() if window == 0]
@@ -256,7 +175,7 @@ class WindowPolicy:
                 self._asleep = [seq_id for seq_id in self._asleep if self._windows[seq_id] == 0]
         return self._windows
 
-    def _review(self, alphas: list[float]) -> list[int]:
+    def _review(self, costs: RoundCosts, alphas: list[float]) -> list[int]:
         """The windows for sequences of these acceptance rates.
 
         For every depth D: the windows up to D that are worth most at a price of 0 per row, the price that follows from
@@ -264,50 +183,41 @@ class WindowPolicy:
         """
         if not alphas:
             return []
-        levels = np.clip(np.rint(np.array(alphas) * ALPHA_LEVELS), 1, ALPHA_LEVELS - 1).astype(np.int64)
-        used_A, of_level, counts_A = np.unique(levels, return_inverse=True, return_counts=True)
+        # Rounded to one of 1 … 19 twentieths: of 0 and 1 no tokens follow.
+        levels = np.array(alphas) * ALPHA_LEVELS + 0.5
+        levels = np.minimum(np.maximum(levels, 1), ALPHA_LEVELS - 1).astype(np.intp)
+        counts_L = np.bincount(levels)
+        used_A = counts_L.nonzero()[0]
+        counts_A = counts_L[used_A].astype(float)
+        all_A = np.arange(len(used_A))
         tokens_AW, rows_AW = self._tokens_AW[used_A], self._rows_AW[used_A]
         reachable_DAW = tokens_AW + _TOO_DEEP_DW[:, None, :]
-        at_once = self._mode == "pearl" and not self._shares_device
-        price_D = np.zeros(len(DEPTHS))
-        steps: list[tuple[NDArray[np.intp], list[float], list[bool]]] = []  # windows [D, A], speeds, whether rows cost
+        price_D: NDArray[np.float64] | None = None  # of a row
+        steps: list[tuple[NDArray[np.intp], list[float]]] = []  # windows [D, A], speeds
         for _ in range(PRICE_STEPS):
-            chosen_DA = (reachable_DAW - price_D[:, None, None] * rows_AW).argmax(axis=2)
-            at = np.arange(len(used_A)), chosen_DA
-            rows_D, tokens_D = (counts_A * rows_AW[at]).sum(1), (counts_A * tokens_AW[at]).sum(1)
-            drafting_D = ((chosen_DA > 0) * counts_A).sum(1).astype(float)
-            draft_s_D = chosen_DA.max(1) * self._draft_curve(drafting_D, self._draft_ratio)
-            target_s_D = self._target_curve(rows_D, self._target_ratio)
-            seconds_D = np.maximum(target_s_D, draft_s_D) if at_once else target_s_D + draft_s_D
-            if self._ahead_rows is not None:
-                widest_D = (counts_A * np.maximum(chosen_DA, 1)).sum(1)
-                seconds_D = seconds_D + self._host_s * (widest_D > self._ahead_rows)
-            speed_D = tokens_D / seconds_D
-            # Where the target waits for the draft its rows cost nothing.
-            costly_D = (draft_s_D <= target_s_D) if at_once else np.ones(len(DEPTHS), bool)
-            steps.append((chosen_DA, speed_D.tolist(), costly_D.tolist()))
-            if not any(steps[-1][2]):
-                break
-            price_D = speed_D * (self._target_curve(rows_D + 1, self._target_ratio) - target_s_D)
+            worth_DAW = reachable_DAW if price_D is None else reachable_DAW - price_D[:, None, None] * rows_AW
+            chosen_DA = worth_DAW.argmax(axis=2)
+            at = all_A, chosen_DA
+            expected = costs.of(
+                rows_AW[at] @ counts_A,
+                (chosen_DA > 0) @ counts_A,
+                chosen_DA.max(1),
+                np.maximum(chosen_DA, 1) @ counts_A,
+            )
+            speed_D = (tokens_AW[at] @ counts_A) / expected.round_D
+            steps.append((chosen_DA, speed_D.tolist()))
+            price_D = speed_D * expected.row_D
             if not price_D.any():
                 break  # rows are free: the windows stay
         best, windows_A = -1.0, steps[0][0][0]
         for depth in range(len(DEPTHS)):
-            for chosen_DA, speeds, costly in steps:
+            for chosen_DA, speeds in steps:
                 if speeds[depth] > best * (GAIN_TO_DEEPEN if best > 0 else 1.0):
                     best, windows_A = speeds[depth], chosen_DA[depth]
-                if not costly[depth] or depth == 0:
-                    break
-        windows: list[int] = windows_A[of_level].tolist()
+        window_L = np.zeros(ALPHA_LEVELS, np.intp)
+        window_L[used_A] = windows_A
+        windows: list[int] = window_L[levels].tolist()
         return windows
-
-    def current_costs(self) -> StepCosts:
-        """The warm-up's costs, corrected by what rounds take now."""
-        assert self._costs is not None
-        return StepCosts(
-            {rows: s * self._target_ratio for rows, s in self._costs.target_s.items()},
-            {batch: s * self._draft_ratio for batch, s in self._costs.draft_s.items()},
-        )
 
 
 def _tables(mode: Mode) -> tuple[np.ndarray, np.ndarray]:

@@ -13,9 +13,9 @@ import torch
 from pearl_ray.actors import device_target
 from pearl_ray.actors.device import profile, warm_up_rejection
 from pearl_ray.actors.device_target import DeviceTargetLoop
+from pearl_ray.core.costs import RoundCosts, StepCosts
 from pearl_ray.core.params import SamplingParams, StructuredOutputsParams
 from pearl_ray.core.schedule import RoundPlan
-from pearl_ray.core.windows import WindowPolicy
 from pearl_ray.model.graphs import GraphPool
 from pearl_ray.model.passes import SEQUENCE_BUCKETS, Shape, padded
 from tests.local_engine import LocalEngine
@@ -298,7 +298,7 @@ def test_costs_are_learnt_from_rounds_without_prompts(tiny_dirs):
     """A prompt's chunks of 16 rows would pass for dear rounds of one."""
     seen: list[tuple[str, int]] = []
 
-    class Recording(WindowPolicy):
+    class Recording(RoundCosts):
         def observe_target(self, rows: int, seconds: float) -> None:
             seen.append(("target rows", rows))
 
@@ -307,7 +307,7 @@ def test_costs_are_learnt_from_rounds_without_prompts(tiny_dirs):
 
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     with LocalEngine(tiny_dirs, window=4, max_num_batched_tokens=16, on_device=True) as engine:
-        engine.controller.windows = Recording("pearl", 4, None)
+        engine.controller.windows.costs = Recording(StepCosts({1: 1.0}, {1: 1.0}), at_once=True)
         texts(engine, [list(range(2, 60)) * 2], [params])
     rows = [number for kind, number in seen if kind == "target rows"]
     assert len(rows) > 4 and max(rows) <= 4

@@ -7,9 +7,10 @@ import sys
 import tracemalloc
 
 from benchmarks.bookkeeping import FakeRounds, words
+from pearl_ray.core.costs import StepCosts
 from pearl_ray.core.messages import RoundSummary, SequenceSummary
 from pearl_ray.core.statistics import Newest, Statistics
-from pearl_ray.core.windows import REVIEW_ROUNDS, Acceptance, StepCosts, WindowPolicy
+from pearl_ray.core.windows import REVIEW_ROUNDS, Acceptance, WindowPolicy
 
 
 def rounds(fake: FakeRounds, count: int) -> None:

@@ -123,7 +123,7 @@ def _window(number: int) -> Window:
         -5,
         np.array([2, 0], np.int32),
         np.array([7, 8], np.int32),
-        np.array([-1, 0], np.int32),
+        np.array([1, 1], np.int32),
         proposals,
         proposals.astype(np.float32),
     )
