@@ -100,8 +100,11 @@ class DeviceTargetLoop(TargetLoop):
             verdicts = self._judge(plan, drafted, logits_RV)
             forward_s, gap_s = time.monotonic() - began - wait_s, 0.0
             logprobs = self._logprobs(plan, drafted, verdicts, logits_RV)
+        times = (started, forward_s, wait_s, gap_s)
         self._finish(
-            Finished(number, epoch, plan, drafted, verdicts, logprobs, checksum, started, forward_s, wait_s, gap_s)
+            Finished(
+                number, epoch, plan, drafted, verdicts, logprobs, checksum, *times, through_host=not is_plain_round
+            )
         )
 
     def may_run_ahead(self, plan: RoundPlan) -> bool:

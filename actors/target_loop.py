@@ -45,6 +45,7 @@ class Finished(NamedTuple):
     forward_s: float
     wait_s: float
     gap_s: float = 0.0
+    through_host: bool = False
 
 
 @dataclass(slots=True)
@@ -111,9 +112,8 @@ class TargetLoop:
                 for work, nodes, verdict in zip(plan.works, done.drafted, done.verdicts, strict=True)
             ]
             times = (done.started, time.monotonic(), done.forward_s, done.wait_s)
-            self.coordinator.send(
-                RoundSummary(number, done.epoch, done.checksum, sequences, *times, plan.num_target_rows, done.gap_s)
-            )
+            device = (plan.num_target_rows, done.gap_s, done.through_host)
+            self.coordinator.send(RoundSummary(number, done.epoch, done.checksum, sequences, *times, *device))
 
     def _entries(self, plan: RoundPlan, drafted: Drafted) -> list[Entry]:
         entries = []

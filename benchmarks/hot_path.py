@@ -13,7 +13,6 @@ rehearses at tiny shapes; the ratios mean something on GPUs only.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import statistics
@@ -25,13 +24,12 @@ import ray
 import torch
 
 from benchmarks.hot_pieces import copy_bandwidth, pieces
+from benchmarks.hot_texts import compare
 from benchmarks.prompts import read_prompts
 from pearl_ray import PearlConfig, PearlEngine, SamplingParams
 from pearl_ray.commands.status import rows as figures_of
 from pearl_ray.core.messages import DraftSummary, RoundSummary
-from pearl_ray.core.outputs import RequestOutput
 
-ROUNDING = 0.25  # between two log-probabilities: of bfloat16 logits between 16 and 32, each one unit of 0.125 off
 HEAD = "batch    mode rounds  rows  round ms target ms  draft ms  wait ms   gap us  /slower  tokens/s /forward"
 
 
@@ -98,48 +96,6 @@ def engine_of(args: argparse.Namespace, mode: str, batch: int) -> PearlEngine:
         gpu_memory_utilization=args.gpu_memory_utilization,
     )
     return PearlEngine(config)
-
-
-def correctness(args: argparse.Namespace, engine: PearlEngine, batch: int) -> dict[str, object]:
-    """PEARL against AR: texts that part, and whether the target's top two were within rounding where they did."""
-    prompts = prompts_of(args, engine, batch)
-    params = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
-    pearl = engine.generate(prompts, params)
-    alone = dataclasses.replace(params, num_speculative_tokens=0)
-    ar = engine.generate(prompts, alone)
-    rated = engine.generate(prompts, dataclasses.replace(alone, logprobs=2))
-    same = parted = unexplained = agreeing = 0
-    for one, other, gaps in zip(pearl, ar, rated, strict=True):
-        at = _parting(one, other)
-        agreeing += args.tokens if at is None else at
-        if at is None:
-            same += 1
-            continue
-        parted += 1
-        gap = _gap(gaps, at, one)
-        explained = gap is not None and gap <= ROUNDING
-        unexplained += not explained
-        said = "the rated run parted before" if gap is None else f"log-probabilities {gap:.4f} apart"
-        print(f"  token {at} differs: {said}{'' if explained else '  NOT EXPLAINED'}")
-    print(f"correctness, batch {batch}: {same} texts equal, {parted} part, {unexplained} unexplained")
-    tested, accepted = (sum(getattr(o.metrics, name) for o in pearl) for name in ("num_drafted", "num_accepted"))
-    print(f"  {accepted} of {tested} drafted tokens accepted")
-    counts = {"equal": same, "parted": parted, "unexplained": unexplained, "tokens_equal": agreeing}
-    return {"batch": batch, **counts, "drafted": tested, "accepted": accepted}
-
-
-def _parting(one: RequestOutput, other: RequestOutput) -> int | None:
-    pairs = zip(one.outputs[0].token_ids, other.outputs[0].token_ids, strict=True)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-
-
-def _gap(rated: RequestOutput, at: int, one: RequestOutput) -> float | None:
-    """The top two's distance at ``at`` in the rated run, if its text is the same up to there."""
-    output = rated.outputs[0]
-    if list(output.token_ids[:at]) != list(one.outputs[0].token_ids[:at]) or output.logprobs is None:
-        return None
-    best = sorted((entry.logprob for entry in output.logprobs[at].values()), reverse=True)
-    return best[0] - best[1]
 
 
 def rounds(args: argparse.Namespace, engine: PearlEngine, mode: str, batch: int) -> dict[str, Rounds]:
@@ -248,7 +204,7 @@ def main() -> None:
             print(f"{mode}: " + ("; ".join(": ".join(row) for row in figures_of(graphs)) or "no CUDA graphs"))
             report[f"{mode} graphs"] = graphs["graphs"]
             if mode == "pearl" and "correctness" in only:
-                report["correctness"] = [correctness(args, engine, batch) for batch in batches]
+                report["correctness"] = [compare(engine, prompts_of(args, engine, b), args.tokens) for b in batches]
             if mode == "sd" or "rounds" in only:
                 print(HEAD)
                 for batch in batches:

@@ -329,7 +329,8 @@ class Controller:
             num_idle = drafted.count(0)
             costs.observe_target(summary.num_target_rows, summary.forward_s)
             costs.observe_gap(sum(drafted) + num_idle, summary.gap_s)
-            costs.observe_round(summary.num_target_rows, len(drafted) - num_idle, max(drafted), seconds)
+            if not summary.through_host:
+                costs.observe_round(summary.num_target_rows, len(drafted) - num_idle, max(drafted), seconds)
         if self.pacing is not None and seconds:
             self._choose_pace(self.pacing, plan, seconds)
 

@@ -124,6 +124,7 @@ class RoundSummary(msgspec.Struct, frozen=True, tag=True):
     """A round as the target leader saw it. Times are seconds on that process's monotonic clock.
 
     ``gap_s``: on a GPU, how long its device had no forward pass between the last round's and this one's.
+    ``through_host``: on a GPU, the host judged the round, for what some of its rows ask; it takes longer than others.
     """
 
     round: int
@@ -136,6 +137,7 @@ class RoundSummary(msgspec.Struct, frozen=True, tag=True):
     wait_s: float
     num_target_rows: int
     gap_s: float = 0.0
+    through_host: bool = False
 
 
 class DraftSummary(msgspec.Struct, frozen=True, tag=True):

@@ -6,6 +6,7 @@ Float64, no exception excused, but for temperatures: the device holds them as fl
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -292,6 +293,23 @@ def test_the_costs_of_passes_and_steps_are_measured_for_every_size_there_is_room
     assert list(seconds["target"]) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert list(seconds["draft"]) == [1, 2, 4, 8, 16]  # max_num_seqs
     assert all(value > 0 for table in seconds.values() for value in table.values())
+
+
+def test_rounds_that_the_host_judges_dont_tell_what_others_take(tiny_dirs):
+    """They take longer: whatever number of draft steps they had would pass for a dear one."""
+    seen: list[int] = []
+
+    class Recording(RoundCosts):
+        def observe_round(self, rows: int, sequences: int, steps: int, seconds: float) -> None:
+            seen.append(steps)
+
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    with LocalEngine(tiny_dirs, window=4, on_device=True) as engine:
+        engine.controller.windows.costs = Recording(StepCosts({1: 1.0}, {1: 1.0}), at_once=True)
+        texts(engine, [list(range(2, 20))], [replace(params, logprobs=1)])
+        assert not seen
+        texts(engine, [list(range(2, 20))], [params])
+    assert seen.count(4) > 4 and set(seen) <= {0, 1, 2, 3, 4}
 
 
 def test_costs_are_learnt_from_rounds_without_prompts(tiny_dirs):
