@@ -88,7 +88,7 @@ class RoundCosts:
     the round had. (Two processes take turns on a GPU: one step more may cost next to nothing, or a whole turn.)
 
     ``ahead_rows``: windows that are more rows together keep passes from being queued ahead: the device then waits for
-    the host between two of them, for as long as it was seen to.
+    the host between two of them, for as long as it was seen to. (On a shared device that is in what rounds take.)
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class RoundCosts:
         self._measured = measured
         self._at_once = at_once and not shares_device
         self._shares_device = shares_device
-        self._ahead_rows = ahead_rows
+        self._ahead_rows = None if shares_device else ahead_rows
         self._target_curve, self._draft_curve = _Curve(measured.target_s), _Curve(measured.draft_s)
         self._target_ratio = self._draft_ratio = 1.0
         self._gap_s = 0.0
