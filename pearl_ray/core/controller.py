@@ -324,12 +324,12 @@ class Controller:
         # Where the round before was another kind, there was perhaps no work before it.
         seconds = summary.finished - ended if number == summary.round - 1 else 0.0
         costs = self.windows.costs
-        if costs is not None and plan.prefill is None:
+        if costs is not None and (plan.prefill is None or plan.prefill.rests):
             drafted = [work.num_drafted for work in plan.works]
             num_idle = drafted.count(0)
             costs.observe_target(summary.num_target_rows, summary.forward_s)
             costs.observe_gap(sum(drafted) + num_idle, summary.gap_s)
-            if not summary.through_host:
+            if plan.prefill is None and not summary.through_host:
                 costs.observe_round(summary.num_target_rows, len(drafted) - num_idle, max(drafted), seconds)
         if self.pacing is not None and seconds:
             self._choose_pace(self.pacing, plan, seconds)

@@ -108,7 +108,7 @@ class PacingPolicy:
         is_stale = abs(num_decoding - self._num_decoding) > ANOTHER_BATCH * self._num_decoding
         if prefill is None or prefill.room == prefill.others == 0:
             self._observe_free(seconds, num_decoding, is_stale)
-        elif prefill.tokens == 0 and not prefill.others:  # a prompt that is finished in its round is nobody's measure
+        elif prefill.rests:  # a prompt that is finished in its round is nobody's measure
             self._observe_rest(seconds, num_decoding, is_stale)
             is_stale = False
         elif self.round_s and not prefill.others and not is_stale:

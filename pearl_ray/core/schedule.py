@@ -54,6 +54,11 @@ class Prefill(msgspec.Struct, frozen=True, gc=False):
     room: int
     others: int
 
+    @property
+    def rests(self) -> bool:
+        """Whether prompts wait and nothing of them is fed."""
+        return not self.tokens and not self.others
+
 
 class Work(msgspec.Struct, frozen=True, gc=False):
     """One sequence's part of a round.

@@ -25,7 +25,10 @@ PRICE_STEPS = 3
 _TOO_DEEP_DW = np.where(np.arange(MAX_WINDOW + 1) > np.array(DEPTHS)[:, None], -np.inf, 0.0)
 GAIN_TO_DEEPEN = 1.01  # a deeper window must promise this much more: it also delays joins and stops
 REVIEW_ROUNDS = 8
-PROBE_ROUNDS = 64  # an AR sequence is tried again after so many rounds
+PROBE_ROUNDS = 64  # an AR sequence is tried again after so many rounds,
+MOST_PROBE_ROUNDS = 512  # or twice as many as the last time, up to these, where all are: then nobody drafts but for it,
+PROBED_ROUNDS = 3  # and it is for so many rounds;
+HOPE = 0.05  # where the mean acceptance rises by so much in them, they are tried again at once
 PROBE_WINDOW = 3
 
 
@@ -84,8 +87,12 @@ class Acceptance:
         self._tested += num_made
         self._accepted += num_accepted
         if self._tested > self._memory:
-            self._tested /= 2
-            self._accepted /= 2
+            self.fade()
+
+    def fade(self) -> None:
+        """What was seen so far counts half."""
+        self._tested /= 2
+        self._accepted /= 2
 
     def rate(self, prior: float = PRIOR_ACCEPTANCE, weight: float = PRIOR_WEIGHT) -> float:
         """The estimate of α; ``prior`` counts for ``weight`` tests."""
@@ -124,7 +131,11 @@ class WindowPolicy:
         self._overall = Acceptance(memory=8192.0)
         self._windows: dict[int, int] = {}
         self._asleep: list[int] = []  # the sequences whose window is 0
-        self._rounds = 0
+        self._rounds = self._next_review = 0
+        self._next_probe = 0  # of all, where all are asleep; 0: not set
+        self._probe_rounds = PROBE_ROUNDS
+        self._is_probing = False  # all, since the last review
+        self._mean = 1.0  # acceptance of the sequences at the last review
         self._first: tuple[tuple[object, ...], int] = ((), 0)
         self._tokens_AW, self._rows_AW = _tables(mode)
 
@@ -161,19 +172,43 @@ class WindowPolicy:
                 self._windows = dict.fromkeys(sequences, 0 if self._mode == "ar" else self._fixed or 0)
             return self._windows
         self._rounds += 1
-        if changed or self._rounds % REVIEW_ROUNDS == 0:
+        if changed or self._rounds >= self._next_review:
+            self._next_review = self._rounds + REVIEW_ROUNDS
             overall = self.acceptance
             alphas = [a.rate(overall, SEQUENCE_PRIOR_WEIGHT) for a in sequences.values()]
             windows = dict(zip(sequences, self._review(self.costs, alphas), strict=True))
             if windows != self._windows:
                 self._windows = windows
             self._asleep = [seq_id for seq_id, window in self._windows.items() if window == 0]
+            if len(self._asleep) < len(sequences):
+                self._next_probe, self._probe_rounds = 0, PROBE_ROUNDS
+            before, self._mean = self._mean, sum(alphas) / max(len(alphas), 1)
+            if self._is_probing and self._mean > before + HOPE:
+                self._probe_rounds = REVIEW_ROUNDS
+            self._is_probing = False
         if self._asleep:
-            probed = [seq_id for seq_id in self._asleep if sequences[seq_id].rounds_without >= PROBE_ROUNDS]
+            probed = self._due(sequences)
             if probed:
                 self._windows = self._windows | dict.fromkeys(probed, PROBE_WINDOW)
                 self._asleep = [seq_id for seq_id in self._asleep if self._windows[seq_id] == 0]
         return self._windows
+
+    def _due(self, sequences: Mapping[int, Acceptance]) -> list[int]:
+        """Who of those asleep is to be tried again. Beside others that draft it costs little, so each in its own time;
+        where nobody does, a round for one is as dear as for all, so all together, and ever more seldom.
+        """
+        if len(self._asleep) < len(sequences):
+            return [seq_id for seq_id in self._asleep if sequences[seq_id].rounds_without >= PROBE_ROUNDS]
+        if not self._next_probe:
+            self._next_probe = self._rounds + self._probe_rounds
+        if self._rounds < self._next_probe:
+            return []
+        self._next_probe, self._next_review = 0, self._rounds + PROBED_ROUNDS
+        self._probe_rounds = min(2 * self._probe_rounds, MOST_PROBE_ROUNDS)
+        self._is_probing = True
+        for sequence in sequences.values():
+            sequence.fade()
+        return self._asleep
 
     def _review(self, costs: RoundCosts, alphas: list[float]) -> list[int]:
         """The windows for sequences of these acceptance rates.
