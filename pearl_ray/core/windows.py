@@ -134,8 +134,7 @@ class WindowPolicy:
         self._rounds = self._next_review = 0
         self._next_probe = 0  # of all, where all are asleep; 0: not set
         self._probe_rounds = PROBE_ROUNDS
-        self._is_probing = False  # all, since the last review
-        self._mean = 1.0  # acceptance of the sequences at the last review
+        self._probed_at: float | None = None  # the mean acceptance when all were last tried; None: reviewed since
         self._first: tuple[tuple[object, ...], int] = ((), 0)
         self._tokens_AW, self._rows_AW = _tables(mode)
 
@@ -174,18 +173,16 @@ class WindowPolicy:
         self._rounds += 1
         if changed or self._rounds >= self._next_review:
             self._next_review = self._rounds + REVIEW_ROUNDS
-            overall = self.acceptance
-            alphas = [a.rate(overall, SEQUENCE_PRIOR_WEIGHT) for a in sequences.values()]
+            alphas = self._rates(sequences)
             windows = dict(zip(sequences, self._review(self.costs, alphas), strict=True))
             if windows != self._windows:
                 self._windows = windows
             self._asleep = [seq_id for seq_id, window in self._windows.items() if window == 0]
             if len(self._asleep) < len(sequences):
                 self._next_probe, self._probe_rounds = 0, PROBE_ROUNDS
-            before, self._mean = self._mean, sum(alphas) / max(len(alphas), 1)
-            if self._is_probing and self._mean > before + HOPE:
+            if self._probed_at is not None and sum(alphas) > (self._probed_at + HOPE) * len(alphas):
                 self._probe_rounds = REVIEW_ROUNDS
-            self._is_probing = False
+            self._probed_at = None
         if self._asleep:
             probed = self._due(sequences)
             if probed:
@@ -205,10 +202,14 @@ class WindowPolicy:
             return []
         self._next_probe, self._next_review = 0, self._rounds + PROBED_ROUNDS
         self._probe_rounds = min(2 * self._probe_rounds, MOST_PROBE_ROUNDS)
-        self._is_probing = True
         for sequence in sequences.values():
             sequence.fade()
+        self._probed_at = sum(self._rates(sequences)) / len(sequences)
         return self._asleep
+
+    def _rates(self, sequences: Mapping[int, Acceptance]) -> list[float]:
+        overall = self.acceptance
+        return [sequence.rate(overall, SEQUENCE_PRIOR_WEIGHT) for sequence in sequences.values()]
 
     def _review(self, costs: RoundCosts, alphas: list[float]) -> list[int]:
         """The windows for sequences of these acceptance rates.
