@@ -17,16 +17,22 @@ from pearl_ray import PearlEngine, SamplingParams
 from pearl_ray.core.outputs import Logprob, RequestOutput
 
 MOST_ROUNDING = 1.0  # of a distance; more is a fault: bfloat16 logits below 64 then err by two units of 0.25 each
+RATED = 5  # candidates per token
 SLACK = 1e-3  # log-probabilities are float32, their logits multiples of a power of two
 
 
 def compare(engine: PearlEngine, prompts: Sequence[list[int]], num_tokens: int) -> dict[str, object]:
-    """Texts that part, each with the distance of the target's top two there; printed, and counted for the report."""
+    """Texts that part, each with how far PEARL's token is from AR's likeliest; printed, and counted for the report."""
     plain = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     alone = dataclasses.replace(plain, num_speculative_tokens=0)
     pearl, ar, rated_pearl, rated_ar = (
         engine.generate(list(prompts), params)
-        for params in (plain, alone, dataclasses.replace(plain, logprobs=2), dataclasses.replace(alone, logprobs=2))
+        for params in (
+            plain,
+            alone,
+            dataclasses.replace(plain, logprobs=RATED),
+            dataclasses.replace(alone, logprobs=RATED),
+        )
     )
     noise = torch.tensor([d for pair in zip(rated_pearl, rated_ar, strict=True) for d in _rounding(*pair)])
     most = min(float(noise.max()), MOST_ROUNDING) if len(noise) else 0.0
@@ -34,13 +40,17 @@ def compare(engine: PearlEngine, prompts: Sequence[list[int]], num_tokens: int) 
     for one, other, rated in zip(pearl, ar, rated_ar, strict=True):
         at = len(_common(one, other))
         agreeing += at
-        if at == num_tokens:
+        if at == len(other.outputs[0].token_ids):
             same += 1
             continue
         gap = _gap(rated, at, one)
         explained = gap is not None and gap <= most + SLACK
         unexplained += not explained
-        said = "the rated run parted before" if gap is None else f"the top two are {gap:.4f} apart"
+        said = (
+            "not among the likeliest, or the rated run parted before"
+            if gap is None
+            else f"{gap:.4f} from the likeliest"
+        )
         print(f"  token {at} differs: {said}{'' if explained else '  NOT EXPLAINED'}")
     print(f"correctness, batch {len(prompts)}: {same} texts equal, {len(ar) - same} part, {unexplained} unexplained")
     if len(noise):
@@ -76,9 +86,9 @@ def _top_two(candidates: dict[int, Logprob]) -> list[int]:
 
 
 def _gap(rated: RequestOutput, at: int, one: RequestOutput) -> float | None:
-    """The top two's distance at ``at`` in the rated run, if its text is the same up to there."""
+    """How far PEARL's token at ``at`` is from the likeliest in the rated run, if that has it, and the text before."""
     logprobs = rated.outputs[0].logprobs
-    if logprobs is None or len(_common(rated, one)) < at:
+    token = one.outputs[0].token_ids[at]
+    if logprobs is None or len(_common(rated, one)) < at or token not in logprobs[at]:
         return None
-    first, second = _top_two(logprobs[at])
-    return logprobs[at][first].logprob - logprobs[at][second].logprob
+    return max(entry.logprob for entry in logprobs[at].values()) - logprobs[at][token].logprob

@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from pearl_ray.model.tokenizer import load_tokenizer
 
 LONGEST_PROMPT = 1500
 FIXED = (0, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20)
+LATE = 2  # rounds from the one after a choice to the one in which it holds, as where rounds are queued ahead
 NUM_PROMPT = 1  # tokens; what a replayed prompt says doesn't matter
 Taken = Callable[[int, int, int], float]  # rows, sequences that draft, draft steps: milliseconds of a round
 
@@ -90,6 +92,7 @@ def replay(traces: Sequence[Sequence[bool]], batch: int, machine: str, window: i
     policy = WindowPolicy("pearl", window, costs, shares_device=is_shared)
     running: dict[int, Text] = {}
     windows: dict[int, int] = {}
+    on_their_way: deque[Mapping[int, int]] = deque([{}] * LATE)
     num_tokens, milliseconds, next_id = 0, 0.0, 0
     while waiting or len(running) == batch:
         while waiting and len(running) < batch:
@@ -116,7 +119,9 @@ def replay(traces: Sequence[Sequence[bool]], batch: int, machine: str, window: i
         if policy.costs is not None:
             policy.costs.observe_round(rows, drafting, steps, took)
         running = {key: text for key, text in running.items() if not text.state.is_full}
-        windows = dict(policy.choose({key: text.acceptance for key, text in running.items()}))
+        on_their_way.append(policy.choose({key: text.acceptance for key, text in running.items()}))
+        chosen = on_their_way.popleft()
+        windows = {key: chosen.get(key, windows[key]) for key in running}
     return 1000 * num_tokens / milliseconds
 
 

@@ -329,7 +329,8 @@ class Controller:
             num_idle = drafted.count(0)
             costs.observe_target(summary.num_target_rows, summary.forward_s)
             costs.observe_gap(sum(drafted) + num_idle, summary.gap_s)
-            if plan.prefill is None and not summary.through_host:
+            fed = sum([work.draft_fed for work in plan.works])  # more than two each: what the draft had missed
+            if plan.prefill is None and fed <= 2 * len(drafted) and not summary.through_host:
                 costs.observe_round(summary.num_target_rows, len(drafted) - num_idle, max(drafted), seconds)
         if self.pacing is not None and seconds:
             self._choose_pace(self.pacing, plan, seconds)

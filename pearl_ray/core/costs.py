@@ -95,7 +95,7 @@ class RoundCosts:
         self, measured: StepCosts, *, at_once: bool, shares_device: bool = False, ahead_rows: int | None = None
     ) -> None:
         self._measured = measured
-        self._at_once = at_once and not shares_device
+        self.at_once = at_once and not shares_device
         self._shares_device = shares_device
         self._ahead_rows = None if shares_device else ahead_rows
         self._target_curve, self._draft_curve = _Curve(measured.target_s), _Curve(measured.draft_s)
@@ -140,7 +140,7 @@ class RoundCosts:
 
     def _shared_ratio(self, steps_D: NDArray[np.intp]) -> NDArray[np.float64]:
         """By numbers of steps. One that wasn't seen is put halfway from a straight line between its neighbours to the
-        smaller of them, so that it is tried where that promises something. Without steps: as measured, until seen.
+        one of fewer steps: where ratios rise with steps that is hopeful, and it is tried. Without steps: as measured.
         """
         smaller_D = self._ratios_K[self._steps_K.searchsorted(steps_D, "right") - 1]
         ratios_D: NDArray[np.float64] = (smaller_D + np.interp(steps_D, self._steps_K, self._ratios_K)) / 2
@@ -157,13 +157,14 @@ class RoundCosts:
         target_s_D = self._target_curve(rows_D, self._target_ratio)
         row_s_D = self._target_curve(rows_D + 1, self._target_ratio) - target_s_D
         draft_s_D = steps_D * self._draft_curve(drafting_D, self._draft_ratio)
-        if self._at_once:
+        if self.at_once:
             seconds_D = np.maximum(target_s_D, draft_s_D)
             row_s_D = np.where(draft_s_D <= target_s_D, row_s_D, 0.0)
         else:
             seconds_D = target_s_D + draft_s_D
         if self._shared:
-            seconds_D *= self._shared_ratio(steps_D)
+            ratio_D = self._shared_ratio(steps_D)
+            seconds_D, row_s_D = seconds_D * ratio_D, row_s_D * ratio_D
         if self._ahead_rows is not None and self._gap_s:
             seconds_D = seconds_D + self._gap_s * (widest_D > self._ahead_rows)
         return Expected(seconds_D, row_s_D)

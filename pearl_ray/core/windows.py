@@ -25,11 +25,13 @@ PRICE_STEPS = 3
 _TOO_DEEP_DW = np.where(np.arange(MAX_WINDOW + 1) > np.array(DEPTHS)[:, None], -np.inf, 0.0)
 GAIN_TO_DEEPEN = 1.01  # a deeper window must promise this much more: it also delays joins and stops
 REVIEW_ROUNDS = 8
-PROBE_ROUNDS = 64  # an AR sequence is tried again after so many rounds,
-MOST_PROBE_ROUNDS = 512  # or twice as many as the last time, up to these, where all are: then nobody drafts but for it,
-PROBED_ROUNDS = 3  # and it is for so many rounds;
-HOPE = 0.05  # where the mean acceptance rises by so much in them, they are tried again at once
+PROBE_ROUNDS = 64  # an AR sequence is tried again after so many rounds
 PROBE_WINDOW = 3
+# Where nobody drafts, and a round with drafting is dearer for all:
+MOST_PROBE_ROUNDS = 256  # they are tried after twice as many rounds as the last time, up to these,
+PROBED_TOKENS = 4096  # at once those who were AR for so many rounds together, for the draft lacks their tokens,
+PROBED_ROUNDS = 5  # for so many rounds: the verdicts of the last two or three come too late to count;
+HOPE = 0.05  # where their acceptance rises by so much, again at once
 
 
 def pearl_tokens_per_forward(alpha: float, gamma: int) -> float:
@@ -134,7 +136,7 @@ class WindowPolicy:
         self._rounds = self._next_review = 0
         self._next_probe = 0  # of all, where all are asleep; 0: not set
         self._probe_rounds = PROBE_ROUNDS
-        self._probed_at: float | None = None  # the mean acceptance when all were last tried; None: reviewed since
+        self._probed: dict[int, float] = {}  # those tried together since the last review, and their acceptance before
         self._first: tuple[tuple[object, ...], int] = ((), 0)
         self._tokens_AW, self._rows_AW = _tables(mode)
 
@@ -173,28 +175,33 @@ class WindowPolicy:
         self._rounds += 1
         if changed or self._rounds >= self._next_review:
             self._next_review = self._rounds + REVIEW_ROUNDS
-            alphas = self._rates(sequences)
+            overall = self.acceptance
+            alphas = [a.rate(overall, SEQUENCE_PRIOR_WEIGHT) for a in sequences.values()]
             windows = dict(zip(sequences, self._review(self.costs, alphas), strict=True))
             if windows != self._windows:
                 self._windows = windows
             self._asleep = [seq_id for seq_id, window in self._windows.items() if window == 0]
             if len(self._asleep) < len(sequences):
                 self._next_probe, self._probe_rounds = 0, PROBE_ROUNDS
-            if self._probed_at is not None and sum(alphas) > (self._probed_at + HOPE) * len(alphas):
+            rates = dict(zip(sequences, alphas, strict=True))
+            risen = [rates[seq_id] - before for seq_id, before in self._probed.items() if seq_id in rates]
+            if risen and sum(risen) > HOPE * len(risen):
                 self._probe_rounds = REVIEW_ROUNDS
-            self._probed_at = None
+            self._probed = {}
         if self._asleep:
-            probed = self._due(sequences)
+            probed = self._due(self.costs, sequences)
             if probed:
                 self._windows = self._windows | dict.fromkeys(probed, PROBE_WINDOW)
                 self._asleep = [seq_id for seq_id in self._asleep if self._windows[seq_id] == 0]
         return self._windows
 
-    def _due(self, sequences: Mapping[int, Acceptance]) -> list[int]:
+    def _due(self, costs: RoundCosts, sequences: Mapping[int, Acceptance]) -> list[int]:
         """Who of those asleep is to be tried again. Beside others that draft it costs little, so each in its own time;
-        where nobody does, a round for one is as dear as for all, so all together, and ever more seldom.
+        where nobody does, a round for one is as dear as for several: those whose draft lacks least, together.
         """
-        if len(self._asleep) < len(sequences):
+        if self._probed:
+            return []
+        if costs.at_once or len(self._asleep) < len(sequences):
             return [seq_id for seq_id in self._asleep if sequences[seq_id].rounds_without >= PROBE_ROUNDS]
         if not self._next_probe:
             self._next_probe = self._rounds + self._probe_rounds
@@ -202,14 +209,15 @@ class WindowPolicy:
             return []
         self._next_probe, self._next_review = 0, self._rounds + PROBED_ROUNDS
         self._probe_rounds = min(2 * self._probe_rounds, MOST_PROBE_ROUNDS)
-        for sequence in sequences.values():
+        overall, lacking = self.acceptance, 0
+        for seq_id in sorted(self._asleep, key=lambda seq_id: sequences[seq_id].rounds_without):
+            sequence = sequences[seq_id]
+            lacking += sequence.rounds_without
+            if self._probed and lacking > PROBED_TOKENS:
+                break
             sequence.fade()
-        self._probed_at = sum(self._rates(sequences)) / len(sequences)
-        return self._asleep
-
-    def _rates(self, sequences: Mapping[int, Acceptance]) -> list[float]:
-        overall = self.acceptance
-        return [sequence.rate(overall, SEQUENCE_PRIOR_WEIGHT) for sequence in sequences.values()]
+            self._probed[seq_id] = sequence.rate(overall, SEQUENCE_PRIOR_WEIGHT)
+        return list(self._probed)
 
     def _review(self, costs: RoundCosts, alphas: list[float]) -> list[int]:
         """The windows for sequences of these acceptance rates.

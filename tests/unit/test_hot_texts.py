@@ -9,7 +9,8 @@ from pearl_ray.core.outputs import CompletionOutput, Logprob, RequestMetrics, Re
 from pearl_ray.core.params import SamplingParams
 
 TEXT = [5, 6, 7, 8]
-PARTED = [5, 6, 9, 1]
+PARTED = [5, 6, 107, 1]
+WRONG = [5, 6, 9, 1]
 
 
 class Told:
@@ -43,6 +44,7 @@ class Told:
         (0.25, 0.25, PARTED, 0),
         (0.5, 0.25, PARTED, 1),  # further apart than rounding goes
         (0.5, 0.0, PARTED, 1),
+        (0.25, 0.25, WRONG, 1),  # a token that is none of the likeliest
         (1.5, 4.0, PARTED, 1),  # what moves a distance by so much is no rounding
     ],
 )
