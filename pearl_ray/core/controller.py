@@ -329,8 +329,7 @@ class Controller:
             num_idle = drafted.count(0)
             costs.observe_target(summary.num_target_rows, summary.forward_s)
             costs.observe_gap(sum(drafted) + num_idle, summary.gap_s)
-            fed = sum([work.draft_fed for work in plan.works])  # more than two each: what the draft had missed
-            if plan.prefill is None and fed <= 2 * len(drafted) and not summary.through_host:
+            if costs.shares_device and plan.prefill is None and not summary.through_host and not _catches_up(plan):
                 costs.observe_round(summary.num_target_rows, len(drafted) - num_idle, max(drafted), seconds)
         if self.pacing is not None and seconds:
             self._choose_pace(self.pacing, plan, seconds)
@@ -382,3 +381,8 @@ class Controller:
             phases[sequence.state.phase.value] += 1
         window = max((running.window for running in self._residents.running.values()), default=0)
         return {"pools": pools, "phases": phases, "window_tokens": window}
+
+
+def _catches_up(plan: RoundPlan) -> bool:
+    """Whether the draft feeds what it had missed: more than two tokens for each sequence."""
+    return sum([work.draft_fed for work in plan.works]) > 2 * len(plan.works)

@@ -96,7 +96,7 @@ class RoundCosts:
     ) -> None:
         self._measured = measured
         self.at_once = at_once and not shares_device
-        self._shares_device = shares_device
+        self.shares_device = shares_device
         self._ahead_rows = None if shares_device else ahead_rows
         self._target_curve, self._draft_curve = _Curve(measured.target_s), _Curve(measured.draft_s)
         self._target_ratio = self._draft_ratio = 1.0
@@ -107,13 +107,13 @@ class RoundCosts:
 
     def observe_target(self, rows: int, seconds: float) -> None:
         """A target forward of decoding rows took this long."""
-        if rows and not self._shares_device:
+        if rows and not self.shares_device:
             expected = self._measured.target(rows)
             self._target_ratio = _corrected(self._target_ratio, seconds / max(expected, 1e-9), MEMORY)
 
     def observe_draft(self, sequences: int, steps: int, seconds: float) -> None:
         """That many draft steps took this long, nothing but drafting."""
-        if steps and not self._shares_device:
+        if steps and not self.shares_device:
             expected = steps * self._measured.draft(sequences)
             self._draft_ratio = _corrected(self._draft_ratio, seconds / max(expected, 1e-9), MEMORY)
 
@@ -124,7 +124,7 @@ class RoundCosts:
 
     def observe_round(self, rows: int, sequences: int, steps: int, seconds: float) -> None:
         """A round took this long, from the end of the one before, in which so many sequences drafted so many steps."""
-        if not self._shares_device or not rows or seconds <= 0:
+        if not self.shares_device or not rows or seconds <= 0:
             return
         expected = self._measured.target(rows) + steps * self._measured.draft(sequences)
         ratio = _corrected(float(self._shared_ratio(np.array(steps))), seconds / max(expected, 1e-9), SHARED_MEMORY)

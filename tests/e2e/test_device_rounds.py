@@ -305,7 +305,7 @@ def test_rounds_that_the_host_judges_dont_tell_what_others_take(tiny_dirs):
 
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     with LocalEngine(tiny_dirs, window=4, on_device=True) as engine:
-        engine.controller.windows.costs = Recording(StepCosts({1: 1.0}, {1: 1.0}), at_once=True)
+        engine.controller.windows.costs = Recording(StepCosts({1: 1.0}, {1: 1.0}), at_once=True, shares_device=True)
         texts(engine, [list(range(2, 20))], [replace(params, logprobs=1)])
         assert not seen
         texts(engine, [list(range(2, 20))], [params])
