@@ -124,8 +124,7 @@ class WindowPolicy:
         ahead_rows: int | None = None,
     ) -> None:
         assert fixed is not None or measured is not None or mode == "ar"
-        self._mode: Mode = mode
-        self._fixed = fixed
+        self._fixed = 0 if mode == "ar" else fixed
         self.costs: RoundCosts | None = None
         if measured is not None:
             at_once = mode == "pearl"
@@ -134,7 +133,7 @@ class WindowPolicy:
         self._windows: dict[int, int] = {}
         self._asleep: list[int] = []  # the sequences whose window is 0
         self._rounds = self._next_review = 0
-        self._next_probe = 0  # of all, where all are asleep; 0: not set
+        self._next_probe = 0  # where all are asleep; 0: not set
         self._probe_rounds = PROBE_ROUNDS
         self._probed: dict[int, float] = {}  # those tried together since the last review, and their acceptance before
         self._first: tuple[tuple[object, ...], int] = ((), 0)
@@ -155,8 +154,8 @@ class WindowPolicy:
 
     def first_window(self, batch: int) -> int:
         """The window of a sequence that joins, with which the batch has ``batch`` sequences."""
-        if self._mode == "ar" or self._fixed is not None or self.costs is None:
-            return 0 if self._mode == "ar" else self._fixed or 0
+        if self._fixed is not None or self.costs is None:
+            return self._fixed or 0
         key = (batch.bit_length(), round(self.acceptance * ALPHA_LEVELS), *self.costs.key())
         if self._first[0] != key:
             self._first = (key, self._review(self.costs, [self.acceptance] * batch)[0])
@@ -168,9 +167,9 @@ class WindowPolicy:
         The answer is another object where it differs from the last one, and not to be written to.
         """
         changed = sequences.keys() != self._windows.keys()
-        if self._mode == "ar" or self._fixed is not None or self.costs is None:
+        if self._fixed is not None or self.costs is None:
             if changed:
-                self._windows = dict.fromkeys(sequences, 0 if self._mode == "ar" else self._fixed or 0)
+                self._windows = dict.fromkeys(sequences, self._fixed or 0)
             return self._windows
         self._rounds += 1
         if changed or self._rounds >= self._next_review:
@@ -183,9 +182,9 @@ class WindowPolicy:
             self._asleep = [seq_id for seq_id, window in self._windows.items() if window == 0]
             if len(self._asleep) < len(sequences):
                 self._next_probe, self._probe_rounds = 0, PROBE_ROUNDS
-            rates = dict(zip(sequences, alphas, strict=True))
-            risen = [rates[seq_id] - before for seq_id, before in self._probed.items() if seq_id in rates]
-            if risen and sum(risen) > HOPE * len(risen):
+            still = {seq_id: before for seq_id, before in self._probed.items() if seq_id in sequences}
+            risen = sum([sequences[i].rate(overall, SEQUENCE_PRIOR_WEIGHT) - before for i, before in still.items()])
+            if still and risen > HOPE * len(still):
                 self._probe_rounds = REVIEW_ROUNDS
             self._probed = {}
         if self._asleep:
